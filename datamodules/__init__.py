@@ -1,0 +1,7 @@
+"""Where questions come from: one file a kind of source, all of them handing on `SampleBatch`."""
+
+from datamodules.cards import CardsDataModule, CardSplit
+from datamodules.module import VLIRDataModule
+from datamodules.vlir.schema import DataError
+
+__all__ = ["CardSplit", "CardsDataModule", "DataError", "VLIRDataModule"]

@@ -1,0 +1,1 @@
+"""The corpus of interleaved rationales: its schema and its readers."""

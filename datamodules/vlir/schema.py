@@ -1,0 +1,201 @@
+"""The project's own form of interleaved rationales (VLIR): one JSON object a line, one question an object.
+
+    {"id": str, "image": "images/000001.png",        or "images": [...], none to many, relative to the file's folder
+     "question": str, "answers": [str], "source": str,
+     "choices": [str],                               optional: the options of a multiple-choice question
+     "regions": [{"box": [x1, y1, x2, y2], "image": 0}],                            optional: annotated evidence
+     "rationale": [{"text": str, "region": {"box": [...], "image": 0}}],            optional: a written trajectory
+     "meta": {...}}                                  optional: anything
+
+Boxes are xyxy in pixels of the original image, x2 and y2 exclusive; "image" counts from 0 and may be left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from modules.trajectory import Box, Region, Sample, Step
+
+T = TypeVar("T")
+
+REQUIRED = ("id", "question", "answers", "source")
+OPTIONAL = ("image", "images", "choices", "regions", "rationale", "meta")
+
+
+class DataError(Exception):
+    """The data as a whole cannot be used; the message is one sentence for the user, no traceback needed."""
+
+
+class Invalid(ValueError):
+    """Something in a row is not as expected; says the key, what was expected and what was found."""
+
+
+class BadRow(ValueError):
+    """A row that is left out; names the file, the 1-based row and why."""
+
+    def __init__(self, file: str, row: int, why: str) -> None:
+        super().__init__(f"{file}:{row}: {why}")
+        self.file = file
+        self.row = row
+        self.why = why
+
+
+def to_row(sample: Sample, image_paths: Sequence[str]) -> dict[str, Any]:
+    """One line of the file; the inverse of `from_row`.
+
+    Args:
+        sample: its images are not looked at.
+        image_paths: one for each of the sample's images, relative to the file's folder.
+    """
+    row: dict[str, Any] = {"id": sample.id}
+    row |= {"image": image_paths[0]} if len(image_paths) == 1 else {"images": list(image_paths)}
+    row |= {"question": sample.question, "answers": list(sample.answers), "source": sample.source}
+    optional = {
+        "choices": list(sample.choices),
+        "regions": [_region_row(region) for region in sample.regions],
+        "rationale": [_step_row(step) for step in sample.rationale],
+        "meta": sample.meta,
+    }
+    return row | {key: value for key, value in optional.items() if value}
+
+
+def from_row(row: object) -> tuple[Sample, tuple[str, ...]]:
+    """A sample without its images, and the relative paths of these.
+
+    Whether a box lies inside its image is only known once that is loaded: `check_boxes`.
+
+    Raises:
+        Invalid: a missing or unknown key, a value of the wrong type, a degenerate box, a region on an image
+            that the row does not have, or a path that leaves the folder.
+    """
+    row = expect(row, dict, "the row", "an object")
+    known = (*REQUIRED, *OPTIONAL)
+    if unknown := sorted(set(row) - set(known)):
+        raise Invalid(f"key `{unknown[0]}`: expected one of {', '.join(known)}")
+    paths = _image_paths(row)
+    sample = Sample(
+        id=text(row, "id"),
+        question=text(row, "question"),
+        answers=strings(row, "answers"),
+        source=text(row, "source"),
+        choices=strings(row, "choices") if "choices" in row else (),
+        regions=tuple(
+            _region(value, f"regions[{i}]", len(paths)) for i, value in enumerate(_optional_list(row, "regions"))
+        ),
+        rationale=tuple(
+            _step(value, f"rationale[{i}]", len(paths)) for i, value in enumerate(_optional_list(row, "rationale"))
+        ),
+        meta=expect(row.get("meta", {}), dict, "key `meta`", "an object"),
+    )
+    return sample, paths
+
+
+def check_boxes(sample: Sample) -> Sample:
+    """The sample itself, if every box lies inside its (loaded) image.
+
+    Raises:
+        Invalid: a box reaches outside.
+    """
+    named = [(f"regions[{i}]", region) for i, region in enumerate(sample.regions)]
+    named += [(f"rationale[{i}].region", step.region) for i, step in enumerate(sample.rationale) if step.region]
+    for name, region in named:
+        height, width = sample.images[region.image].shape[-2:]
+        x1, y1, x2, y2 = region.box
+        if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+            raise Invalid(f"key `{name}.box`: expected a box inside the {width} x {height} image, found {region.box}")
+    return sample
+
+
+def expect(value: object, kind: type[T], name: str, expected: str) -> T:
+    """`value` if it is of `kind`, else Invalid."""
+    if not isinstance(value, kind):
+        raise Invalid(f"{name}: expected {expected}, found {describe(value)}")
+    return value
+
+
+def required(row: dict[str, Any], key: str) -> Any:
+    """The value of a key that every row has."""
+    if key not in row:
+        raise Invalid(f"key `{key}`: missing (found {', '.join(sorted(map(str, row))) or 'no keys'})")
+    return row[key]
+
+
+def text(row: dict[str, Any], key: str) -> str:
+    """A string that is not blank."""
+    value = expect(required(row, key), str, f"key `{key}`", "a string")
+    if not value.strip():
+        raise Invalid(f"key `{key}`: expected a string that is not blank, found {value!r}")
+    return value
+
+
+def strings(row: dict[str, Any], key: str) -> tuple[str, ...]:
+    """A list of strings."""
+    values = expect(required(row, key), list, f"key `{key}`", "a list of strings")
+    return tuple(expect(value, str, f"key `{key}[{i}]`", "a string") for i, value in enumerate(values))
+
+
+def relative_path(value: object, name: str) -> str:
+    """A path that stays inside its root."""
+    path = expect(value, str, name, "a path")
+    parts = PurePosixPath(path.replace("\\", "/"))
+    if not path or parts.is_absolute() or ".." in parts.parts or path[1:2] == ":":
+        raise Invalid(f"{name}: expected a path inside the data folder, found {path!r}")
+    return path
+
+
+def describe(value: object) -> str:
+    """Type and value, short enough for one line."""
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def _image_paths(row: dict[str, Any]) -> tuple[str, ...]:
+    if ("image" in row) == ("images" in row):
+        raise Invalid(f"key `image`: expected either `image` or `images`, found {'both' if 'image' in row else 'none'}")
+    if "image" in row:
+        return (relative_path(row["image"], "key `image`"),)
+    paths = expect(row["images"], list, "key `images`", "a list of paths")
+    return tuple(relative_path(path, f"key `images[{i}]`") for i, path in enumerate(paths))
+
+
+def _optional_list(row: dict[str, Any], key: str) -> list[object]:
+    return expect(row.get(key, []), list, f"key `{key}`", "a list of objects")
+
+
+def _region(value: object, name: str, num_images: int) -> Region:
+    row = expect(value, dict, f"key `{name}`", "an object")
+    image = row.get("image", 0)
+    if isinstance(image, bool) or not isinstance(image, int) or not 0 <= image < num_images:
+        raise Invalid(f"key `{name}.image`: expected one of the row's {num_images} images, found {describe(image)}")
+    return Region(_box(required(row, "box"), f"{name}.box"), image)
+
+
+def _box(value: object, name: str) -> Box:
+    numbers = expect(value, list, f"key `{name}`", "[x1, y1, x2, y2]")
+    if len(numbers) != 4 or not all(_is_number(number) for number in numbers):
+        raise Invalid(f"key `{name}`: expected four numbers, found {describe(value)}")
+    x1, y1, x2, y2 = (float(number) for number in numbers)
+    if x2 <= x1 or y2 <= y1:
+        raise Invalid(f"key `{name}`: expected x1 < x2 and y1 < y2, found {numbers}")
+    return x1, y1, x2, y2
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _step(value: object, name: str, num_images: int) -> Step:
+    row = expect(value, dict, f"key `{name}`", "an object")
+    words = expect(required(row, "text"), str, f"key `{name}.text`", "a string")
+    return Step(words, _region(row["region"], f"{name}.region", num_images) if "region" in row else None)
+
+
+def _region_row(region: Region) -> dict[str, Any]:
+    return {"box": list(region.box), "image": region.image}
+
+
+def _step_row(step: Step) -> dict[str, Any]:
+    return {"text": step.text} | ({"region": _region_row(step.region)} if step.region else {})

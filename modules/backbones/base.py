@@ -1,0 +1,169 @@
+"""What the rest of the project asks of a vision-language model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from modules.backbones.cache import RaggedCache
+from modules.crop import CropAndScale
+from modules.functional.boxes import BoxSpace, from_original
+from modules.functional.grammar import format_box
+from modules.trajectory import Region, Sample, TrajectoryBatch, Visual
+
+
+class Backbone(nn.Module, ABC):
+    """A policy network: text and images in, hidden states and logits out.
+
+    Positions and caches are explicit: whoever calls `forward` says where each token stands and what
+    it may attend to. That makes an incremental pass equal to a full one.
+
+    Attributes set by subclasses:
+        tokenizer: the Hugging Face tokenizer.
+        image_token_id: the placeholder that visual features replace.
+        banned: (V,) bool, ids that the policy must never sample (placeholders, padding, unknown).
+        eos_ids: ids that end a trajectory.
+        box_space: the space in which it writes boxes.
+        coordinate_bins: (F, K) long, families of coordinate tokens in the order of their values, or
+            None where coordinates are strings of digits.
+        bin_size: distance of two coordinate bins, in units of the box space.
+        context_length: how many tokens a sequence may have.
+        position_axes: 1, or more for multi-axis rotary positions.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    banned: Tensor
+    eos_ids: frozenset[int]
+    box_space: BoxSpace
+    coordinate_bins: Tensor | None
+    bin_size: float = 1.0
+    context_length: int
+    position_axes: int = 1
+    image_scaler: CropAndScale
+    crop_scaler: CropAndScale
+
+    @abstractmethod
+    def prompt_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
+        """(P,) ids of the prompt, with placeholders for ``visuals`` (the sample's images)."""
+
+    @abstractmethod
+    def visual_tokens(self, height: int, width: int) -> int:
+        """How many placeholder tokens an image of this size, already on the patch grid, fills."""
+
+    @abstractmethod
+    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
+        """Features of each visual, (tokens, D)."""
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings (..., D) of ids (...)."""
+
+    @abstractmethod
+    def forward(
+        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: RaggedCache | None = None
+    ) -> Tensor:
+        """Hidden states (B, L, D) after the last norm.
+
+        Args:
+            embeddings: (B, L, D).
+            position_ids: (A, B, L) long.
+            attention_mask: (B, 1, L, K) bool, True where a query may attend.
+            cache: keys and values of what came before; K is then its length with this chunk.
+        """
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+
+    def positions(self, token_ids: Tensor, visuals: Sequence[Visual], start: int) -> tuple[Tensor, int]:
+        """Positions (A, n) of a chunk (n,) whose first token stands at ``start``, and where the next one stands."""
+        n = len(token_ids)
+        return torch.arange(start, start + n).expand(self.position_axes, n), start + n
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.banned.device
+
+    def tokenize(self, text: str) -> Tensor:
+        """(n,) ids of a text, without special tokens."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def detokenize(self, token_ids: Tensor) -> str:
+        """The text of (n,) ids."""
+        return str(self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
+
+    def see(self, images: Sequence[Tensor]) -> list[Visual]:
+        """Whole images (3, H, W) as the vision tower takes them."""
+        boxes = torch.tensor([[0.0, 0.0, image.shape[-1], image.shape[-2]] for image in images]).view(-1, 4)
+        scaled = self.image_scaler([image.to(self.device) for image in images], boxes.to(self.device))
+        return [Visual(x, self.visual_tokens(x.shape[-2], x.shape[-1]), "image") for x in scaled]
+
+    def look(self, images: Sequence[Tensor], regions: Sequence[Region]) -> list[Visual]:
+        """Zoomed crops: the n-th of ``regions`` on the n-th of ``images`` (repeats are one tensor, not copies)."""
+        if not regions:
+            return []
+        distinct = list({id(image): image for image in images}.values())
+        place = {id(image): k for k, image in enumerate(distinct)}
+        crops = self.crop_scaler(
+            [image.to(self.device) for image in distinct],
+            torch.tensor([region.box for region in regions], device=self.device),
+            torch.tensor([place[id(image)] for image in images], device=self.device),
+        )
+        return [Visual(x, self.visual_tokens(x.shape[-2], x.shape[-1]), "crop") for x in crops]
+
+    def placeholder_ids(self, visual: Visual) -> Tensor:
+        """(n,) ids that stand for a visual inside a sequence."""
+        return torch.full((visual.tokens,), self.image_token_id)
+
+    def write(self, text: str, region: Region | None, sample: Sample, visuals: Sequence[Visual]) -> tuple[Tensor, Tensor]:
+        """What the policy would have written to say ``text`` and then ask for ``region``.
+
+        Returns:
+            ids (n,) long, and (n,) float32 exact coordinates in bins behind coordinate tokens, else NaN.
+        """
+        if region is None:
+            ids = self.tokenize(text)
+            return ids, torch.full(ids.shape, torch.nan)
+        height, width = sample.images[region.image].shape[-2:]
+        resized = visuals[region.image].pixels.shape[-2:]
+        coords = from_original(region.box, self.box_space, (height, width), (resized[0], resized[1]))
+        bins = torch.tensor(coords) / self.bin_size
+        rounded = [round(k) * self.bin_size for k in bins.tolist()]
+        ids = self.tokenize(text + format_box(rounded, region.image if len(sample.images) > 1 else None))
+        coordinates = torch.full(ids.shape, torch.nan)
+        if self.coordinate_bins is not None:
+            coordinates[torch.isin(ids, self.coordinate_bins.cpu())] = bins
+        return ids, coordinates
+
+    def merge(self, embeddings: Tensor, is_visual: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Put the features, in row-major order, where the placeholders (B, L) are."""
+        if not features:
+            return embeddings
+        return embeddings.masked_scatter(is_visual[..., None], torch.cat(list(features)).to(embeddings.dtype))
+
+    def hidden_states(self, batch: TrajectoryBatch) -> Tensor:
+        """(R, L, D) of a packed batch, the learner's full pass."""
+        features = self.encode(batch.visuals) if batch.visuals else []
+        placed = [features[k] for k in batch.visual_order.tolist()]
+        embeddings = self.merge(self.embed(batch.token_ids), batch.is_visual, placed)
+        return self(embeddings, batch.position_ids, packed_mask(batch.segment_ids))
+
+
+def packed_mask(segment_ids: Tensor) -> Tensor:
+    """Who may attend to whom in packed rows: (R, 1, L, L) bool from (R, L) segment ids.
+
+    Causal; a completion sees the shared prefix (segment 0) and itself. Padding (-1) sees itself
+    only, since a row of the mask with nothing in it gives NaN.
+    """
+    length = segment_ids.shape[1]
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=segment_ids.device)
+    return (causal & ((key == 0) | (key == query)) & (key >= 0) | itself)[:, None]

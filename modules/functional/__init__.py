@@ -1,0 +1,1 @@
+"""Pure functions of tensors and strings: boxes, grammar, answers, advantages, packing, losses."""

@@ -1,0 +1,61 @@
+"""What is measured of trajectories, in training and in evaluation, under the same names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from modules.functional.boxes import iou
+from modules.trajectory import Region, Trajectory
+
+
+def measure(trajectory: Trajectory) -> dict[str, float]:
+    """Numbers of one trajectory; NaN where one does not apply.
+
+    ``zoom_rate`` 1 if it was shown a crop; ``crops``; ``crop_area`` mean share of the image that its
+    crops cover; ``whole_image`` share of its crops that cover 90% or more; ``faults`` refused boxes;
+    ``turns``; ``tokens`` that it wrote; ``truncated``; ``iou`` of the last region that it looked at
+    with the best annotated one (0 if it looked nowhere, NaN if nothing is annotated).
+    """
+    shown = [turn.region for turn in trajectory.turns if turn.crop is not None and turn.region is not None]
+    areas = [_share(trajectory, region) for region in shown]
+    return {
+        "zoom_rate": float(bool(shown)),
+        "crops": float(len(shown)),
+        "crop_area": sum(areas) / len(areas) if areas else math.nan,
+        "whole_image": sum(a >= 0.9 for a in areas) / len(areas) if areas else math.nan,
+        "faults": float(sum(turn.fault is not None for turn in trajectory.turns)),
+        "turns": float(len(trajectory.turns)),
+        "tokens": float(trajectory.sampled.sum()),
+        "truncated": float(trajectory.stop.truncated),
+        "iou": last_iou(shown, trajectory.sample.regions),
+    }
+
+
+def last_iou(shown: list[Region], annotated: tuple[Region, ...]) -> float:
+    """IoU of the last of ``shown`` with the best of ``annotated`` on the same image."""
+    if not annotated:
+        return math.nan
+    if not shown:
+        return 0.0
+    same = [r.box for r in annotated if r.image == shown[-1].image]
+    if not same:
+        return 0.0
+    return float(iou(torch.tensor([shown[-1].box]).expand(len(same), 4), torch.tensor(same)).max())
+
+
+def mean(values: list[dict[str, float]]) -> dict[str, tuple[float, int]]:
+    """Mean over what is not NaN, and how many those are, by name; names without any are left out."""
+    result = {}
+    for name in values[0] if values else ():
+        known = [v[name] for v in values if not math.isnan(v[name])]
+        if known:
+            result[name] = (sum(known) / len(known), len(known))
+    return result
+
+
+def _share(trajectory: Trajectory, region: Region) -> float:
+    x1, y1, x2, y2 = region.box
+    height, width = trajectory.sample.images[region.image].shape[-2:]
+    return (x2 - x1) * (y2 - y1) / (height * width)

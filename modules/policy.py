@@ -1,0 +1,193 @@
+"""The policy as a LightningModule: what trains, with which optimizer, divided by what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import get_scheduler
+
+from modules.backbones.base import Backbone
+from modules.trajectory import SampleBatch
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the optimizer steps of a run.
+
+    Args:
+        name: as `transformers.get_scheduler` has them: constant_with_warmup, cosine, cosine_with_min_lr, linear, …
+        warmup: share of the steps in which it rises from 0.
+        options: further arguments of that schedule, such as ``min_lr_rate``.
+    """
+
+    name: str = "constant_with_warmup"
+    warmup: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class PolicyModule(L.LightningModule):
+    """What supervised warm-up and R-GRPO have in common.
+
+    Optimization is manual: one batch is one iteration, and a loss is divided once, by what it says it
+    divides by, over all micro-batches and ranks of an optimizer step.
+
+    Args:
+        backbone: the policy network.
+        optimizer: from the parameters that train.
+        schedule: of the learning rate.
+        freeze: regular expressions; a parameter of the backbone whose name contains a match stays as it is.
+        init_from: checkpoint whose policy weights are the start (R-GRPO from SFT).
+        clip_norm: largest norm of the gradient.
+        micro_batch: trajectories in one forward and backward pass; None: all of a step.
+        head_chunk: sampled tokens whose logits exist at a time.
+
+    Raises:
+        ValueError: if a pattern of ``freeze`` matches nothing, everything is frozen, or the
+            checkpoint's weights are not this backbone's.
+        FileNotFoundError: if ``init_from`` is not there.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        freeze: Sequence[str] = (),
+        init_from: str | None = None,
+        clip_norm: float = 1.0,
+        micro_batch: int | None = None,
+        head_chunk: int = 4096,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.optimizer = optimizer
+        self.schedule = schedule or Schedule()
+        self.clip_norm = clip_norm
+        self.micro_batch = micro_batch
+        self.head_chunk = head_chunk
+        self.skipped = 0
+        if init_from is not None:
+            load_policy(backbone, init_from)
+        freeze_matching(backbone, freeze)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over what trains, and its schedule, stepped by `update`."""
+        optimizer = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(
+            self.schedule.name,
+            optimizer,
+            num_warmup_steps=round(self.schedule.warmup * steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(self.schedule.options),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def update(
+        self, micro_batches: Sequence[M], loss: Callable[[M], tuple[Tensor, dict[str, Tensor]]], count: float
+    ) -> dict[str, Tensor]:
+        """One optimizer step.
+
+        Args:
+            micro_batches: of this rank; may be none, its peers then go on without waiting.
+            loss: the SUM of a micro-batch's losses, and sums to be added up.
+            count: what this rank contributes to the number that the sum is divided by.
+
+        Returns:
+            ``loss`` as divided, ``grad_norm``, and the added-up sums of this rank.
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        world = self.trainer.world_size
+        total = self._sum_over_ranks(count)
+        if total == 0:
+            return {}
+        optimizer.zero_grad()
+        sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.device)}
+        for k, micro_batch in enumerate(micro_batches):
+            last = k == len(micro_batches) - 1
+            with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                loss_sum, more = loss(micro_batch)
+                # data-parallel strategies average gradients over ranks: undone here, the sum is divided once
+                self.manual_backward(loss_sum * (world / total))
+            sums["loss"] += loss_sum.detach() / total
+            for name, value in more.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
+        if not micro_batches:
+            self.manual_backward(torch.stack([0.0 * p.sum() for p in self.backbone.parameters() if p.requires_grad]).sum())
+        trained = [p for p in self.backbone.parameters() if p.requires_grad]
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        optimizer.step()
+        scheduler = self.lr_schedulers()
+        assert scheduler is not None and not isinstance(scheduler, list)
+        scheduler.step()  # type: ignore[call-arg]
+        return sums
+
+    def _sum_over_ranks(self, count: float) -> float:
+        if self.trainer.world_size == 1:
+            return count
+        return float(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, now."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        return float(optimizer.param_groups[0]["lr"])
+
+    def count_skipped(self, skipped: Sequence[str]) -> None:
+        """Count samples that could not be used, and name them."""
+        self.skipped += len(skipped)
+        for why in skipped:
+            self.print(f"skipped {why}")
+
+    def validation_step(self, batch: SampleBatch, batch_idx: int) -> None:
+        """Trajectories are rolled out, measured and logged by the rollout callback."""
+
+    def test_step(self, batch: SampleBatch, batch_idx: int) -> None:
+        """See `validation_step`."""
+
+    def predict_step(self, batch: SampleBatch, batch_idx: int) -> None:
+        """See `validation_step`."""
+
+
+def load_policy(backbone: Backbone, path: str) -> None:
+    """Load the policy's weights out of a training checkpoint."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected `init_from` to be a checkpoint, but there is no file {path!r}.")
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    own = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    expected = backbone.state_dict()
+    wrong = sorted(set(own) ^ set(expected)) or sorted(k for k in own if own[k].shape != expected[k].shape)
+    if wrong:
+        raise ValueError(
+            f"Expected `init_from` {path!r} to hold the weights of this backbone, but {len(wrong)} tensors are "
+            f"missing, unknown or of another shape, {wrong[0]!r} first."
+        )
+    backbone.load_state_dict(own)
+
+
+def freeze_matching(backbone: Backbone, patterns: Sequence[str]) -> None:
+    """Freeze every parameter whose name contains a match of one of the patterns."""
+    for pattern in patterns:
+        matched = [p for name, p in backbone.named_parameters() if re.search(pattern, name)]
+        if not matched:
+            names = sorted({name.split(".")[0] for name, _ in backbone.named_parameters()})
+            raise ValueError(f"Expected `freeze` {pattern!r} to match a parameter, but names begin with {names}.")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in backbone.parameters()):
+        raise ValueError(f"Expected `freeze` to leave something to train, but {list(patterns)} match everything.")

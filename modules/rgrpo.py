@@ -1,0 +1,147 @@
+"""R-GRPO: group-relative policy optimisation over trajectories that look again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from modules.functional.advantages import group_advantages, zero_variance
+from modules.functional.losses import Normalisation, RatioTo, rgrpo_loss, token_weights
+from modules.policy import PolicyModule
+from modules.reference import ReferenceModule
+from modules.scoring import collate, token_log_probs
+from modules.trajectory import Group, SampleBatch, TrajectoryBatch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is optimised (METHOD: R-GRPO).
+
+    Args:
+        scale_by_std: divide advantages by the standard deviation of their group.
+        epsilon: added to that deviation.
+        clip_low: how far the ratio may fall below 1.
+        clip_high: how far it may rise above.
+        ratio_to: denominator of the ratio: the sampler, or the reference (the paper's formula).
+        beta: weight of the KL divergence from the reference.
+        normalisation: the loss is a mean over sequences, over tokens, or a sum over a constant.
+        constant: with ``normalisation: constant``, tokens that a trajectory counts for.
+        drop_zero_variance: leave out groups whose rewards are all the same.
+        inner_epochs: passes over the trajectories of an iteration.
+        mini_batches: optimizer steps in each pass.
+    """
+
+    scale_by_std: bool = True
+    epsilon: float = 1e-4
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio_to: RatioTo = "sampler"
+    beta: float = 0.0
+    normalisation: Normalisation = "sequence"
+    constant: int | None = None
+    drop_zero_variance: bool = True
+    inner_epochs: int = 1
+    mini_batches: int = 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything uses the reference policy."""
+        return self.beta > 0 or self.ratio_to == "reference"
+
+
+@dataclass(eq=False)
+class _Part:
+    """A micro-batch, and what is computed of it once for all inner epochs."""
+
+    batch: TrajectoryBatch
+    advantages: Tensor  # (T,)
+    weights: Tensor  # (T,)
+    count: float
+    reference: Tensor | None
+
+
+class RGRPOModule(PolicyModule):
+    """Updates the policy on the groups that the rollout callback has put into the batch.
+
+    Args:
+        objective: what is optimised.
+        kwargs: see `PolicyModule`; ``init_from`` is the SFT checkpoint.
+    """
+
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective or Objective()
+        self.reference = ReferenceModule(self.backbone) if self.objective.needs_reference else None
+
+    def advantages(self, totals: Tensor) -> Tensor:
+        """(G,) or (N, G) advantages of rewards."""
+        return group_advantages(totals, scale_by_std=self.objective.scale_by_std, epsilon=self.objective.epsilon)
+
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
+        """All optimizer steps of one iteration."""
+        self.count_skipped(batch.skipped)
+        self.log("data/skipped", float(self.skipped), batch_size=1)
+        groups = [g for g in batch.groups if not (self.objective.drop_zero_variance and bool(zero_variance(g.totals)))]
+        steps = [self._parts(mini) for mini in split(groups, self.objective.mini_batches)]
+        history = [
+            self.update(parts, self._loss, sum(part.count for part in parts))
+            for _ in range(self.objective.inner_epochs)
+            for parts in steps
+        ]
+        self._log([h for h in history if h], len(batch.groups))
+        return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for g in groups for t in g.trajectories)}
+
+    def _parts(self, groups: Sequence[Group]) -> list[_Part]:
+        trajectories = [t for g in groups for t in g.trajectories]
+        advantages = torch.cat([g.advantages for g in groups]) if groups else torch.zeros(0)
+        size = self.micro_batch or max(len(trajectories), 1)
+        parts = []
+        for start in range(0, len(trajectories), size):
+            batch = collate(self.backbone, trajectories[start : start + size])
+            weights, count = token_weights(
+                batch.owners, batch.num_trajectories, self.objective.normalisation, self.objective.constant
+            )
+            per_token = advantages[start : start + size].to(batch.owners.device)[batch.owners]
+            reference = self.reference(batch, self.head_chunk) if self.reference is not None else None
+            parts.append(_Part(batch, per_token, weights, count, reference))
+        return parts
+
+    def _loss(self, part: _Part) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, entropy = token_log_probs(self.backbone, part.batch, self.head_chunk)
+        loss, metrics = rgrpo_loss(
+            log_probs,
+            part.batch.log_probs,
+            part.advantages,
+            part.weights,
+            clip_low=self.objective.clip_low,
+            clip_high=self.objective.clip_high,
+            beta=self.objective.beta,
+            reference_log_probs=part.reference,
+            ratio_to=self.objective.ratio_to,
+        )
+        gap = (log_probs.detach() - part.batch.log_probs).abs()
+        return loss, {**metrics, "entropy": entropy.sum(), "sampler_gap": gap.sum(), "tokens": torch.ones_like(gap).sum()}
+
+    def _log(self, history: Sequence[dict[str, Tensor]], size: int) -> None:
+        if not history:
+            return
+        tokens = torch.stack([h["tokens"] for h in history]).sum()
+        metrics = {
+            f"train/{name}": torch.stack([h[name] for h in history]).sum() / tokens
+            for name in ("ratio", "clip_low", "clip_high", "sampler_kl", "kl", "entropy", "sampler_gap")
+            if name in history[0]
+        }
+        metrics["train/clip_fraction"] = metrics["train/clip_low"] + metrics["train/clip_high"]
+        metrics["train/loss"] = torch.stack([h["loss"] for h in history]).mean()
+        metrics["train/grad_norm"] = torch.stack([h["grad_norm"] for h in history]).mean()
+        self.log_dict({**metrics, "train/learning_rate": self.learning_rate}, batch_size=max(size, 1))
+
+
+def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """Cut groups into at most ``parts`` runs of nearly equal length; groups stay whole."""
+    bounds = [round(k * len(groups) / parts) for k in range(parts + 1)]
+    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

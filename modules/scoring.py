@@ -1,0 +1,36 @@
+"""Log-probabilities of packed trajectories under a backbone: the learner's and the reference's pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modules.backbones.base import Backbone
+from modules.functional.losses import in_chunks, selected_log_probs
+from modules.functional.packing import pack
+from modules.trajectory import Trajectory, TrajectoryBatch
+
+
+def collate(backbone: Backbone, trajectories: list[Trajectory]) -> TrajectoryBatch:
+    """Pack trajectories with the positions that this backbone gives them, on its device."""
+    positions = [
+        backbone.positions(torch.cat([t.prompt_ids, t.completion_ids]), t.visuals, 0)[0] for t in trajectories
+    ]
+    batch = pack(
+        trajectories, positions, image_token_id=backbone.image_token_id, pad_id=backbone.tokenizer.pad_token_id
+    )
+    return batch.to(backbone.device)
+
+
+def token_log_probs(backbone: Backbone, batch: TrajectoryBatch, chunk: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (T,) of the sampled tokens and entropies (T,) of the distributions they were drawn from.
+
+    Logits are computed at sampled positions only, ``chunk`` tokens at a time.
+    """
+    hidden = backbone.hidden_states(batch).flatten(0, 1)[batch.predictors]
+
+    def select(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return selected_log_probs(backbone.head(h), targets, batch.temperature, backbone.banned)
+
+    log_probs, entropy = in_chunks(select, hidden, batch.targets, size=chunk)
+    return log_probs, entropy

@@ -1,0 +1,80 @@
+"""Supervised warm-up on interleaved rationales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.functional.losses import coordinate_cross_entropy, in_chunks
+from modules.policy import PolicyModule
+from modules.replay import replay
+from modules.scoring import collate
+from modules.trajectory import SampleBatch, TrajectoryBatch
+
+
+class SFTModule(PolicyModule):
+    """Cross-entropy on everything that the teacher wrote, none on prompt and crops (METHOD: SFT).
+
+    Args:
+        sigma: width, in bins, of the soft targets of coordinate tokens; None: plain cross-entropy.
+            Only for backbones with coordinate tokens.
+        kwargs: see `PolicyModule`.
+
+    Raises:
+        ValueError: if ``sigma`` is given and the backbone writes coordinates as digits.
+    """
+
+    def __init__(self, *args: Any, sigma: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if sigma is not None and self.backbone.coordinate_bins is None:
+            raise ValueError(
+                f"Expected `sigma` to be null for {type(self.backbone).__name__}, which writes coordinates as digits, "
+                f"but got {sigma}."
+            )
+        self.sigma = sigma
+
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
+        """One optimizer step on one batch."""
+        trajectories, refused = replay(self.backbone, batch.samples)
+        self.count_skipped([*batch.skipped, *refused])
+        size = self.micro_batch or max(len(trajectories), 1)
+        parts = [trajectories[k : k + size] for k in range(0, len(trajectories), size)]
+        packed = [collate(self.backbone, part) for part in parts]
+        count = sum(len(b.targets) for b in packed)
+        sums = self.update(packed, self._loss, count)
+        if sums:
+            self._log(sums, len(trajectories))
+        return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for t in trajectories)}
+
+    def _loss(self, batch: TrajectoryBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.backbone.hidden_states(batch).flatten(0, 1)[batch.predictors]
+        bins = self.backbone.coordinate_bins
+        graded = batch.coordinates if self.sigma is not None else torch.full_like(batch.coordinates, torch.nan)
+
+        def cross_entropy(h: Tensor, targets: Tensor, coordinates: Tensor) -> tuple[Tensor]:
+            families = targets.new_zeros(0, 0) if bins is None else bins
+            return (coordinate_cross_entropy(self.backbone.head(h), targets, coordinates, families, self.sigma or 1.0),)
+
+        (losses,) = in_chunks(cross_entropy, hidden, batch.targets, graded, size=self.head_chunk)
+        boxes = graded.isfinite()
+        parts = {
+            "grounding": losses.detach()[boxes].sum(),
+            "text": losses.detach()[~boxes].sum(),
+            "grounding_tokens": boxes.sum(),
+            "text_tokens": (~boxes).sum(),
+        }
+        return losses.sum(), parts
+
+    def _log(self, sums: dict[str, Tensor], size: int) -> None:
+        metrics = {
+            "train/loss": sums["loss"],
+            "train/loss/text": sums["text"] / sums["text_tokens"],
+            "train/grad_norm": sums["grad_norm"],
+            "train/learning_rate": self.learning_rate,
+            "data/skipped": float(self.skipped),
+        }
+        if sums["grounding_tokens"]:
+            metrics["train/loss/grounding"] = sums["grounding"] / sums["grounding_tokens"]
+        self.log_dict(metrics, batch_size=size, prog_bar=False)

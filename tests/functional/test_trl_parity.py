@@ -1,0 +1,328 @@
+"""Our losses and advantages equal TRL's: its own methods, run on real trainers of tiny random models.
+
+Of TRL's R-GRPO path only the ends are replaced: the forward pass gives the log-probabilities of the test,
+generation gives ids of the test, and reward functions give the rewards of the test, all in float64.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from modules.functional.advantages import group_advantages
+from modules.functional.losses import coordinate_cross_entropy, rgrpo_loss, selected_log_probs, token_weights
+
+VOCABULARY = 32
+MAX_LENGTH = 10
+# TRL's loss type, our normalisation, its constant. One micro-batch: "bnpo" is "dapo".
+LOSS_TYPES = [
+    ("grpo", "sequence", None),
+    ("bnpo", "token", None),
+    ("dapo", "token", None),
+    ("dr_grpo", "constant", MAX_LENGTH),
+]
+close = {"atol": 1e-6, "rtol": 1e-6}
+
+
+def tiny_model() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def grpo(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> GRPOTrainer:
+    return GRPOTrainer(
+        model=tiny_model(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(
+            output_dir=str(tmp_path_factory.mktemp("grpo")),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=MAX_LENGTH,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["w2", "w3", "w4", "w5"]}),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def sft(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> SFTTrainer:
+    return SFTTrainer(
+        model=tiny_model().double(),
+        args=SFTConfig(
+            output_dir=str(tmp_path_factory.mktemp("sft")),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": [[2, 3, 4]]}),
+        processing_class=tokenizer,
+    )
+
+
+class Step:
+    """Eight random trajectories, padded as TRL holds them; the sampled tokens have holes, as crops leave them."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        lengths = torch.tensor([10, 3, 7, 1, 9, 0, 4, 10])  # one wrote nothing
+        self.completion_mask = (torch.arange(MAX_LENGTH) < lengths[:, None]).long()
+        self.tool_mask = (torch.rand(8, MAX_LENGTH, generator=generator) > 0.25).long()
+        self.tool_mask[:, 0] = 1  # the policy writes first
+        self.sampler = -draw(8, MAX_LENGTH).abs()
+        self.log_probs = (self.sampler + draw(8, MAX_LENGTH) / 3).requires_grad_()
+        self.reference = self.sampler + draw(8, MAX_LENGTH) / 3
+        self.advantages = draw(8)
+        self.sampled = (self.completion_mask * self.tool_mask).bool()
+
+
+def trl_loss(
+    trainer: GRPOTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    step: Step,
+    rows: slice,
+    *,
+    unbiased_kl: bool = False,
+    completion_mask: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """``GRPOTrainer._compute_loss`` of one micro-batch, whose forward pass gives ``step.log_probs``."""
+    assert hasattr(trainer.args, "use_bias_correction_kl")
+    monkeypatch.setattr(trainer.args, "use_bias_correction_kl", unbiased_kl)
+    for name, value in {"epsilon_low": 0.2, "epsilon_high": 0.28, "beta": 0.0, **settings}.items():
+        assert hasattr(trainer, name)  # a renamed attribute must not be set in vain
+        monkeypatch.setattr(trainer, name, value)
+    log_probs = step.log_probs[rows]
+    monkeypatch.setattr(
+        trainer,
+        "_get_per_token_logps_and_entropies",
+        lambda *_, **__: (log_probs, torch.zeros_like(log_probs), None),
+    )
+    mask = step.completion_mask if completion_mask is None else completion_mask
+    inputs = {
+        "prompt_ids": torch.full((8, 2), 2)[rows],
+        "prompt_mask": torch.ones(8, 2, dtype=torch.long)[rows],
+        "completion_ids": torch.full((8, MAX_LENGTH), 3)[rows],
+        "completion_mask": mask[rows],
+        "tool_mask": step.tool_mask[rows],
+        "advantages": step.advantages[rows],
+        "old_per_token_logps": step.sampler[rows],
+        "ref_per_token_logps": step.reference[rows],
+        "num_items_in_batch": (mask * step.tool_mask).sum(),
+    }
+    return trainer._compute_loss(trainer.model, inputs)
+
+
+def our_loss(
+    step: Step,
+    rows: slice,
+    normalisation: str,
+    constant: int | None,
+    beta: float,
+    *,
+    unbiased_kl: bool = False,
+    include: Tensor | None = None,
+) -> tuple[Tensor, float, dict[str, Tensor]]:
+    sampled = step.sampled[rows]
+    owners = sampled.nonzero()[:, 0]
+    weights, count = token_weights(
+        owners, len(sampled), normalisation, constant, None if include is None else include[rows]
+    )
+    loss, metrics = rgrpo_loss(
+        step.log_probs[rows][sampled],
+        step.sampler[rows][sampled],
+        step.advantages[rows][owners],
+        weights,
+        clip_low=0.2,
+        clip_high=0.28,
+        beta=beta,
+        unbiased_kl=unbiased_kl,
+        reference_log_probs=step.reference[rows][sampled] if beta else None,
+    )
+    return loss, count, metrics
+
+
+EVERYTHING = slice(None)
+
+
+@pytest.mark.parametrize(("beta", "unbiased_kl"), [(0.0, False), (0.04, False), (0.04, True)])
+@pytest.mark.parametrize(("loss_type", "normalisation", "constant"), LOSS_TYPES)
+def test_rgrpo_loss_and_gradient(
+    grpo: GRPOTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    loss_type: str,
+    normalisation: str,
+    constant: int | None,
+    beta: float,
+    unbiased_kl: bool,
+) -> None:
+    step = Step()
+    grpo.model.eval()  # TRL: no gradient accumulation
+    theirs = trl_loss(grpo, monkeypatch, step, EVERYTHING, unbiased_kl=unbiased_kl, loss_type=loss_type, beta=beta)
+    (their_gradient,) = torch.autograd.grad(theirs, step.log_probs)
+    loss, count, _ = our_loss(step, EVERYTHING, normalisation, constant, beta, unbiased_kl=unbiased_kl)
+    (our_gradient,) = torch.autograd.grad(loss / count, step.log_probs)
+    torch.testing.assert_close(loss / count, theirs, **close)
+    torch.testing.assert_close(our_gradient, their_gradient, **close)
+    assert theirs.abs() > 1e-3
+    assert (their_gradient != 0).sum() >= 15
+
+
+def test_rgrpo_metrics(grpo: GRPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step()
+    grpo.model.eval()
+    grpo._metrics["eval"].clear()
+    trl_loss(grpo, monkeypatch, step, EVERYTHING, loss_type="grpo", beta=0.04)
+    _, _, metrics = our_loss(step, EVERYTHING, "sequence", None, 0.04)
+    tokens = step.sampled.sum()
+    for ours, theirs in [("kl", "kl"), ("clip_low", "clip_ratio/low_mean"), ("clip_high", "clip_ratio/high_mean")]:
+        (expected,) = grpo._metrics["eval"][theirs]
+        assert expected > 0
+        assert (metrics[ours] / tokens).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("loss_type", "normalisation", "constant"), LOSS_TYPES)
+def test_excluded_trajectories_are_masked_truncated_completions(
+    grpo: GRPOTrainer, monkeypatch: pytest.MonkeyPatch, loss_type: str, normalisation: str, constant: int | None
+) -> None:
+    step = Step()
+    include = torch.tensor([True, True, False, True, False, True, True, True])
+    grpo.model.eval()
+    theirs = trl_loss(
+        grpo,
+        monkeypatch,
+        step,
+        EVERYTHING,
+        completion_mask=step.completion_mask * include[:, None],
+        loss_type=loss_type,
+        beta=0.04,
+    )
+    loss, count, _ = our_loss(step, EVERYTHING, normalisation, constant, 0.04, include=include)
+    torch.testing.assert_close(loss / count, theirs, **close)
+
+
+@pytest.mark.parametrize(("loss_type", "normalisation", "constant"), [row for row in LOSS_TYPES if row[0] != "bnpo"])
+def test_gradient_accumulation(
+    grpo: GRPOTrainer, monkeypatch: pytest.MonkeyPatch, loss_type: str, normalisation: str, constant: int | None
+) -> None:
+    """Two micro-batches: TRL scales each loss and adds, we add sums and divide once."""
+    step = Step()
+    grpo.model.train()
+    # the training loop sets it, there is none before
+    monkeypatch.setattr(grpo, "current_gradient_accumulation_steps", 2, raising=False)
+    monkeypatch.setattr(grpo.args, "steps_per_generation", 2)
+    halves = [slice(0, 4), slice(4, 8)]
+    theirs = sum(trl_loss(grpo, monkeypatch, step, rows, loss_type=loss_type, beta=0.04) for rows in halves)
+    ours = [our_loss(step, rows, normalisation, constant, 0.04) for rows in halves]
+    torch.testing.assert_close(sum(loss for loss, _, _ in ours) / sum(count for _, count, _ in ours), theirs, **close)
+
+
+@pytest.mark.parametrize(("scale_rewards", "scale_by_std"), [("group", True), ("none", False)])
+def test_advantages(grpo: GRPOTrainer, monkeypatch: pytest.MonkeyPatch, scale_rewards: str, scale_by_std: bool) -> None:
+    """``GRPOTrainer._generate_and_score_completions``, from generated ids and rewards to advantages."""
+    nan = float("nan")
+    totals = torch.tensor(
+        [
+            [1.0, 0.0, 0.0, 0.35],
+            [0.5, 0.5, 0.5, 0.5],
+            [0.1, 0.1, 0.1, 0.101],  # a tie but for a length reward
+            [nan, 1.0, 0.0, 0.5],  # a judgement failed
+            [nan, nan, nan, 0.2],
+        ],
+        dtype=torch.float64,
+    )
+    count = totals.numel()
+    generated = ([[2]] * count, [[3, 1]] * count, None, ["w3"] * count, None, {}, None, None)
+    monkeypatch.setattr(grpo, "_generate", lambda prompts: generated)
+    monkeypatch.setattr(grpo, "_calculate_rewards", lambda *_: totals.reshape(-1, 1))
+    monkeypatch.setattr(grpo, "scale_rewards", scale_rewards)
+    assert grpo.num_generations == totals.shape[1]
+    grpo.model.train()
+    output = grpo._generate_and_score_completions([{"prompt": "w2"}] * count)
+    ours = group_advantages(totals, scale_by_std=scale_by_std, epsilon=1e-4)
+    torch.testing.assert_close(ours.reshape(-1), output["advantages"], **close)
+
+
+def sft_batch() -> tuple[Tensor, Tensor]:
+    """Ids and labels; -100 where no loss is carried: prompt, crops in the middle, padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, VOCABULARY, (4, 12), generator=generator)
+    carries = torch.rand(4, 12, generator=generator) > 0.4
+    carries[:, :3] = False
+    carries[1, 6:] = False
+    carries[2] = False
+    return ids, torch.where(carries, ids, -100)
+
+
+def our_sft_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(sum by log-probabilities, sum by cross-entropy without coordinates, count)."""
+    shifted = pad(labels, (0, 1), value=-100)[:, 1:]
+    carries = shifted != -100
+    owners, targets = carries.nonzero()[:, 0], shifted[carries]
+    weights, count = token_weights(owners, len(labels), "token")
+    log_probs, _ = selected_log_probs(logits[carries], targets)
+    no_coordinates = torch.full(targets.shape, float("nan"))
+    losses = coordinate_cross_entropy(logits[carries], targets, no_coordinates, torch.zeros(1, 1).long(), 1.0)
+    return -(weights * log_probs).sum(), (weights * losses).sum(), count
+
+
+def test_sft_loss_and_gradient_of_trl(sft: SFTTrainer) -> None:
+    """``SFTTrainer.compute_loss`` over a real forward pass."""
+    ids, labels = sft_batch()
+    parameters = list(sft.model.parameters())
+    items = (labels[:, 1:] != -100).sum()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    theirs = sft.compute_loss(sft.model, inputs, num_items_in_batch=items)
+    their_gradients = torch.autograd.grad(theirs, parameters)
+    by_log_probs, by_cross_entropy, count = our_sft_loss(sft.model(input_ids=ids).logits, labels)
+    assert count == items
+    for ours in (by_log_probs, by_cross_entropy):
+        torch.testing.assert_close(ours / count, theirs.double(), **close)  # TRL sums in float32
+        gradients = torch.autograd.grad(ours / count, parameters, retain_graph=True)
+        torch.testing.assert_close(gradients, their_gradients, **close)
+    assert max(gradient.abs().max() for gradient in their_gradients) > 1e-3
+
+
+def test_sft_gradient_accumulation_of_transformers() -> None:
+    """``ForCausalLMLoss`` with ``num_items_in_batch``: micro-batches divided by the count of the whole step."""
+    _, labels = sft_batch()
+    logits = torch.randn(4, 12, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    items = (labels[:, 1:] != -100).sum()
+    halves = [slice(0, 2), slice(2, 4)]
+    theirs = sum(ForCausalLMLoss(logits[h], labels[h], VOCABULARY, num_items_in_batch=items) for h in halves)
+    ours = [our_sft_loss(logits[h], labels[h]) for h in halves]
+    torch.testing.assert_close(sum(o[0] for o in ours) / sum(o[2] for o in ours), theirs, **close)
+    torch.testing.assert_close(sum(o[1] for o in ours) / sum(o[2] for o in ours), theirs, **close)
