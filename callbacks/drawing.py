@@ -267,7 +267,7 @@ def _panel(look: Look, width: int) -> Image.Image:
         return boxed(paragraph([("refused: ", BAD), (str(turn.fault), INK)], width - 24, 13, PANEL), width, BAD)
     x1, y1, x2, y2 = turn.region.box
     extent = f"   {x2 - x1:.0f} x {y2 - y1:.0f}" + (f" at {x1:.0f}, {y1:.0f}" if width >= 180 else "")
-    caption = paragraph([(f"crop {look.number}", look.colour), (extent, MUTED)], width, 13, max_lines=1)
+    caption = paragraph([(f"crop {look.number}", look.colour), (extent, MUTED)], width, 13)
     if turn.crop is None:
         return stack([caption, boxed(paragraph([("not shown", MUTED)], width - 24, 13, PANEL), width)], width, 4)
     pixels = turn.crop.pixels.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
@@ -309,7 +309,7 @@ def _question(sample: Sample, width: int) -> Image.Image:
         blocks.append(paragraph(options, width, 15, max_lines=8))
     label = " · ".join(filter(None, (sample.source, sample.id)))
     legend = [("    - - - annotated region", GOOD)] if sample.regions else []
-    blocks.append(paragraph([(label, MUTED), *legend], width, 12, max_lines=1))
+    blocks.append(paragraph([(label, MUTED), *legend], width, 12))
     return stack(blocks, width, 4)
 
 
@@ -320,9 +320,9 @@ def _text_runs(trajectory: Trajectory) -> list[Run]:
     for turn in trajectory.turns:
         look = colours.get(id(turn))
         start = 0
-        for match in BOX_TEXT.finditer(turn.text) if look else ():
+        for match in BOX_TEXT.finditer(turn.text):
             runs += _tagged(turn.text[start : match.start()])
-            runs.append((match.group(), look.colour))
+            runs.append((match.group(), look.colour if look else INK))
             start = match.end()
         runs += _tagged(turn.text[start:])
         if look and look.number and turn.crop is not None:

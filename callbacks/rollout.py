@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from modules.engine import Decoding, GroupSampler, LocalEngine, Request, RolloutEngine
 from modules.metrics import mean, measure
@@ -84,7 +85,7 @@ class RolloutCallback(L.Callback):
                     advantages=pl_module.advantages(totals[members]),
                 )
             )
-        pl_module.log_dict(training_metrics(batch.groups), batch_size=len(trajectories))
+        pl_module.log_now(lambda: training_metrics(batch.groups), len(trajectories))
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, *_: Any
@@ -171,10 +172,12 @@ class RolloutCallback(L.Callback):
             self._predictions = None
 
 
-def training_metrics(groups: list[Group]) -> dict[str, float]:
+def training_metrics(groups: list[Group]) -> dict[str, Tensor | float]:
     """Everything worth a curve about the groups of one iteration."""
     trajectories = [t for g in groups for t in g.trajectories]
-    metrics = {f"train/{name}": value for name, (value, _) in mean([measure(t) for t in trajectories]).items()}
+    metrics: dict[str, Tensor | float] = {
+        f"train/{name}": value for name, (value, _) in mean([measure(t) for t in trajectories]).items()
+    }
     for name in groups[0].rewards:
         values = torch.cat([g.rewards[name] for g in groups])
         metrics[f"train/reward/{name}"] = float(values.nanmean())
@@ -215,13 +218,13 @@ def prediction(mode: str, group: Group) -> dict[str, Any]:
         "text": trajectory.text,
         "boxes": [list(region.box) for region in trajectory.regions],
         "crops": int(numbers["crops"]),
-        "iou": None if numbers["iou"] != numbers["iou"] else numbers["iou"],
+        "iou": None if math.isnan(numbers["iou"]) else numbers["iou"],
         "stop": trajectory.stop.value,
     }
-    rewards: Mapping[str, Any] = {name: float(value[0]) for name, value in group.rewards.items()}
-    if rewards:
-        line["rewards"] = rewards
-        line["correct"] = int(rewards.get("accuracy", 0.0) > 0)
+    rewards = {name: float(value[0]) for name, value in group.rewards.items()}
+    line["rewards"] = {name: None if math.isnan(value) else value for name, value in rewards.items()}
+    if not math.isnan(rewards.get("accuracy", math.nan)):  # a failed judgement is neither right nor wrong
+        line["correct"] = int(rewards["accuracy"] > 0)
     return line
 
 

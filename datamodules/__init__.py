@@ -2,6 +2,7 @@
 
 from datamodules.cards import CardsDataModule, CardSplit
 from datamodules.module import VLIRDataModule
+from datamodules.vlir.authors import AuthorsDataModule
 from datamodules.vlir.schema import DataError
 
-__all__ = ["CardSplit", "CardsDataModule", "DataError", "VLIRDataModule"]
+__all__ = ["AuthorsDataModule", "CardSplit", "CardsDataModule", "DataError", "VLIRDataModule"]

@@ -203,7 +203,7 @@ class CardsDataModule(VLIRDataModule):
         group_by_image: whether the four questions of an image are kept adjacent.
         num_workers: processes that decode images; 0 decodes in the main one.
         seed: of the order of the training questions.
-        cache_images: whether decoded images are kept in memory (110 kB each).
+        cache_images: whether decoded images are kept in memory, 110 kB each; needs `num_workers` 0.
     """
 
     def __init__(

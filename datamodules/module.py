@@ -98,7 +98,7 @@ class VLIRDataModule(LightningDataModule):
         group_by_image: whether the training questions of one image are kept adjacent.
         num_workers: processes that decode images; 0 decodes in the main one.
         seed: of the order of the training questions.
-        cache_images: whether decoded images are kept in memory (by each worker, if there are any).
+        cache_images: whether decoded images are kept in memory; needs `num_workers` 0.
         limit: read at most this many usable rows of each file.
     """
 
@@ -122,6 +122,10 @@ class VLIRDataModule(LightningDataModule):
         for name, value in at_least_one.items():
             if value is not None and value < 1:
                 raise ValueError(f"Expected `{name}` to be at least 1 but got {value}.")
+        if cache_images and num_workers:  # workers live for one epoch, and their memory with them
+            raise ValueError(
+                f"`cache_images` keeps images in the main process only but `num_workers` is {num_workers}."
+            )
         sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.files = {name: _paths(source) for name, source in sources.items()}
         self.root = None if root is None else Path(root)
@@ -149,7 +153,7 @@ class VLIRDataModule(LightningDataModule):
         """Parse the files of a stage.
 
         Raises:
-            DataError: a file that cannot be used, or none where one is needed.
+            DataError: a file that cannot be used, images that are all missing, or no file where one is needed.
         """
         for split in STAGES[stage]:
             if split not in self.records:
@@ -187,6 +191,9 @@ class VLIRDataModule(LightningDataModule):
     def _read(self, path: Path) -> list[Record]:
         records, bad = self.read_file(path)
         self._note([str(error) for error in bad])
+        if not any(all(image.exists() for image in record.image_paths) for record in records):
+            first = records[0].image_paths[0]
+            raise DataError(f"{path}: expected images under {self.root or path.parent}, found none (first {first}).")
         return records
 
     def _note(self, skipped: Sequence[str]) -> None:

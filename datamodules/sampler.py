@@ -54,7 +54,7 @@ def shard(batches: Sequence[list[int]], rank: int, world_size: int) -> list[list
 
 @dataclass
 class EpochOrder:
-    """The batches of the current epoch on this rank; Lightning calls `set_epoch`."""
+    """The batches of the current epoch on this rank."""
 
     groups: list[list[int]]
     batch_size: int
@@ -63,6 +63,11 @@ class EpochOrder:
     rank: int = 0
     world_size: int = 1
     epoch: int = field(default=0, init=False)
+
+    @property
+    def sampler(self) -> EpochOrder:
+        """Itself: Lightning looks for `set_epoch` at a batch sampler's sampler."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -94,21 +99,21 @@ class SampleLoader:
 
     def __init__(self, dataset: Dataset[Any], order: EpochOrder, num_workers: int = 0) -> None:
         self.samples = dataset  # not `dataset`: where Lightning finds that name, it puts in its own sampler
-        self.sampler = order  # the name by which Lightning finds `set_epoch`
+        self.batch_sampler = order  # the name by which Lightning finds `set_epoch`
         self.num_workers = num_workers
         self._epoch = 0  # of the position
         self._position = 0  # batches handed on in that epoch
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing below runs before the first batch is asked for, when Lightning has set the epoch.
-        epoch = self.sampler.epoch
+        epoch = self.batch_sampler.epoch
         start = self._position if self._epoch == epoch else 0
         if start >= len(self):
             start = 0
-        batches = self.sampler.batches()[start:]
+        batches = self.batch_sampler.batches()[start:]
         loader = DataLoader(
             self.samples,
             batch_sampler=batches,

@@ -152,6 +152,11 @@ def _owners(images: Sequence[Tensor], boxes: Tensor, owner: Tensor | None) -> li
     return owners
 
 
+def _reach(box: Box, size: tuple[int, int]) -> tuple[float, float]:
+    """Source pixels to an output pixel, down and across; a crop shrinks where it is above one."""
+    return (box[3] - box[1]) / size[0], (box[2] - box[0]) / size[1]
+
+
 def _groups(
     images: Sequence[Tensor], corners: Sequence[Box], owners: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> list[dict[int, list[int]]]:
@@ -161,9 +166,9 @@ def _groups(
     that do not shrink are sampled image by image, so their images must have equally many of them.
     """
     by_image: dict[tuple[int, tuple[int, int], bool], list[int]] = defaultdict(list)
-    for index, ((x1, y1, x2, y2), image, (height, width)) in enumerate(zip(corners, owners, sizes, strict=True)):
-        shrinks = y2 - y1 > height or x2 - x1 > width
-        by_image[image, (height, width), shrinks].append(index)
+    for index, (box, image, (height, width)) in enumerate(zip(corners, owners, sizes, strict=True)):
+        size = (height, width)
+        by_image[image, size, max(_reach(box, size)) > 1].append(index)
     groups: dict[tuple[object, ...], dict[int, list[int]]] = defaultdict(dict)
     for (image, size, shrinks), indices in by_image.items():
         pixels = images[image]
@@ -188,11 +193,10 @@ def _crop(
     dtype = torch.float32 if pixels.dtype == torch.uint8 else pixels.dtype
 
     x1, y1, x2, y2 = boxes.to(pixels.device).unbind(1)
-    reach_x = max((box[2] - box[0]) / size[1] for box in corners)
-    reach_y = max((box[3] - box[1]) / size[0] for box in corners)
-    columns, column_weights = _triangle(x1 - left, x2 - left, size[1], reach_x)
-    rows, row_weights = _triangle(y1 - top, y2 - top, size[0], reach_y)
-    if max(reach_x, reach_y) > 1:
+    reach_down, reach_across = (max(reach) for reach in zip(*(_reach(box, size) for box in corners), strict=True))
+    rows, row_weights = _triangle(y1 - top, y2 - top, size[0], reach_down)
+    columns, column_weights = _triangle(x1 - left, x2 - left, size[1], reach_across)
+    if max(reach_down, reach_across) > 1:
         counts = torch.tensor([len(indices) for indices in group.values()])
         image = torch.arange(len(views)).repeat_interleave(counts).to(pixels.device)
         crops = _reduce(pixels, image, rows, row_weights.to(dtype), columns, column_weights.to(dtype))
@@ -238,6 +242,7 @@ def _interpolate(pixels: Tensor, y: Tensor, x: Tensor) -> Tensor:
     map_x = x[:, None, :].expand(boxes, height, width).reshape(maps)
     map_y = y[:, :, None].expand(boxes, height, width).reshape(maps)
     # align_corners: kornia's pixel maps count from the centre of the first pixel only with it.
+    # border: rounding may put a sample a hair beyond the last one.
     crops = remap(pixels, map_x, map_y, padding_mode="border", align_corners=True)
     return crops.unflatten(2, (-1, height)).transpose(1, 2).flatten(0, 1)
 

@@ -243,7 +243,7 @@ class _Flight:
             crops = [Visual(torch.full_like(c.pixels, 0.5), c.tokens, c.role) for c in crops]
         chunks: dict[int, tuple[Tensor, list[Visual]]] = {}
         for (k, region), crop in zip(looks.items(), crops, strict=True):
-            ids = self.backbone.placeholder_ids(crop)
+            ids = self.backbone.placeholder_ids(crop.tokens)
             if not self._fits(k, len(ids)):
                 refusals[k] = "context"
                 continue

@@ -72,7 +72,7 @@ def respond(text: str, sample: Sample, visuals: tuple[Visual, ...], space: BoxSp
     height, width = sample.images[parsed.image].shape[-2:]
     resized = visuals[parsed.image].pixels.shape[-2:]
     box = to_original(parsed.coords, space, (height, width), (resized[0], resized[1]))
-    # One unit of what the policy writes may round beyond the border; more is a wrong box.
+    # What the policy writes may round to one pixel of what it sees beyond the border; more is a wrong box.
     tolerance = max(height / resized[0], width / resized[1], 1.0)
     fault = check(box, (height, width), tolerance)
     if fault is not None:

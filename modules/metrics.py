@@ -42,7 +42,8 @@ def last_iou(shown: list[Region], annotated: tuple[Region, ...]) -> float:
     same = [r.box for r in annotated if r.image == shown[-1].image]
     if not same:
         return 0.0
-    return float(iou(torch.tensor([shown[-1].box]).expand(len(same), 4), torch.tensor(same)).max())
+    looked = torch.tensor([shown[-1].box] * len(same), dtype=torch.float32)
+    return float(iou(looked, torch.tensor(same, dtype=torch.float32)).max())
 
 
 def mean(values: list[dict[str, float]]) -> dict[str, tuple[float, int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from modules.backbones.base import Backbone
 from modules.trajectory import SampleBatch
 
 M = TypeVar("M")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class PolicyModule(L.LightningModule):
         self.clip_norm = clip_norm
         self.micro_batch = micro_batch
         self.head_chunk = head_chunk
-        self.skipped = 0
+        self.refused = 0
         if init_from is not None:
             load_policy(backbone, init_from)
         freeze_matching(backbone, freeze)
@@ -127,19 +129,27 @@ class PolicyModule(L.LightningModule):
             for name, value in more.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
         if not micro_batches:
-            self.manual_backward(torch.stack([0.0 * p.sum() for p in self.backbone.parameters() if p.requires_grad]).sum())
+            self.manual_backward(
+                torch.stack([0.0 * p.sum() for p in self.backbone.parameters() if p.requires_grad]).sum()
+            )
         trained = [p for p in self.backbone.parameters() if p.requires_grad]
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
         optimizer.step()
         scheduler = self.lr_schedulers()
-        assert scheduler is not None and not isinstance(scheduler, list)
-        scheduler.step()  # type: ignore[call-arg]
+        assert scheduler is not None
+        assert not isinstance(scheduler, list)
+        scheduler.step()
         return sums
 
     def _sum_over_ranks(self, count: float) -> float:
         if self.trainer.world_size == 1:
             return count
         return float(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
+
+    def log_now(self, metrics: Callable[[], Mapping[str, Tensor | float]], size: int) -> None:
+        """Log metrics of this step if the trainer writes its logs at it; else do not even compute them."""
+        if self.trainer._logger_connector.should_update_logs:
+            self.log_dict(dict(metrics()), batch_size=max(size, 1))
 
     @property
     def learning_rate(self) -> float:
@@ -148,11 +158,16 @@ class PolicyModule(L.LightningModule):
         assert not isinstance(optimizer, list)
         return float(optimizer.param_groups[0]["lr"])
 
-    def count_skipped(self, skipped: Sequence[str]) -> None:
-        """Count samples that could not be used, and name them."""
-        self.skipped += len(skipped)
-        for why in skipped:
-            self.print(f"skipped {why}")
+    def refuse(self, samples: Sequence[str]) -> None:
+        """Count samples that cannot be trained on, and name them."""
+        self.refused += len(samples)
+        for why in samples:
+            logger.warning("skipped %s", why)
+
+    @property
+    def skipped(self) -> float:
+        """Rows that the data module left out and samples that were refused, so far."""
+        return float(getattr(self.trainer.datamodule, "skipped_total", 0) + self.refused)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: SampleBatch, batch_idx: int) -> None:
         """Trajectories are rolled out, measured and logged by the rollout callback."""

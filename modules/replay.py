@@ -2,93 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modules.backbones.base import Backbone
 from modules.engine import see_images
-from modules.environment import Done, Look, respond
+from modules.environment import Done, Look, Refuse, respond
 from modules.functional.grammar import last_answer
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Turn, Visual
 
 
-@dataclass(eq=False)
-class _Draft:
-    """A trajectory in the making: crops are cut for all of them at once."""
-
-    sample: Sample
-    visuals: list[Visual]
-    pieces: list[tuple[str, Tensor, Tensor, Region | None]] = field(default_factory=list)
-
-
-def replay(backbone: Backbone, samples: Sequence[Sample]) -> tuple[list[Trajectory], list[str]]:
-    """Trajectories that a teacher wrote, token by token as the policy would have written them.
+class Replayer:
+    """Makes trajectories that a teacher wrote, token by token as the policy would have written them.
 
     Each step is written in the backbone's own box space, read back by the environment, and followed
-    by the crop that the environment shows: the one that the policy would see in a rollout.
+    by the crop that the environment shows: the one that the policy would see in a rollout. What a
+    rationale comes to in tokens is kept for the next epoch; pixels are not.
 
-    Returns:
-        trajectories: of the samples whose rationale the environment accepts.
-        skipped: one sentence for each of the others.
+    Args:
+        backbone: the policy that is to learn from them.
     """
-    drafts: list[_Draft] = []
-    skipped: list[str] = []
-    for sample, seen in zip(samples, see_images(backbone, samples), strict=True):
-        draft = _Draft(sample, list(seen))
-        why = _write(backbone, draft)
-        if why is None:
-            drafts.append(draft)
-        else:
-            skipped.append(f"{sample.id}: {why}")
-    regions = [r for d in drafts for *_, r in d.pieces if r is not None]
-    images = [d.sample.images[r.image] for d in drafts for *_, r in d.pieces if r is not None]
-    crops = iter(backbone.look(images, regions))
-    return [_finish(backbone, draft, [next(crops) for *_, r in draft.pieces if r is not None]) for draft in drafts], skipped
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._scripts: dict[Hashable, _Script | str] = {}
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> tuple[list[Trajectory], list[str]]:
+        """Replay the rationales of ``samples``.
+
+        Returns:
+            trajectories: of the samples whose rationale the environment accepts.
+            skipped: one sentence for each of the others.
+        """
+        accepted: list[tuple[Sample, tuple[Visual, ...], _Script]] = []
+        skipped: list[str] = []
+        for sample, seen in zip(samples, see_images(self.backbone, samples), strict=True):
+            key = (sample.id, sample.question, sample.rationale, tuple(image.shape for image in sample.images))
+            if key not in self._scripts:
+                self._scripts[key] = _script(self.backbone, sample, seen)
+            script = self._scripts[key]
+            if isinstance(script, str):
+                skipped.append(f"{sample.id}: {script}")
+            else:
+                accepted.append((sample, seen, script))
+        regions = [region for *_, script in accepted for region in script.regions]
+        images = [sample.images[region.image] for sample, _, script in accepted for region in script.regions]
+        crops = iter(self.backbone.look(images, regions))
+        return [_play(*parts, [next(crops) for _ in parts[2].regions]) for parts in accepted], skipped
 
 
-def _write(backbone: Backbone, draft: _Draft) -> str | None:
-    """Fill in the steps; returns why that cannot be done."""
-    if not draft.sample.rationale:
+@dataclass(frozen=True, eq=False)
+class _Script:
+    """All of a trajectory but its pixels."""
+
+    prompt_ids: Tensor
+    completion_ids: Tensor
+    sampled: Tensor
+    coordinates: Tensor
+    turns: tuple[Turn, ...]
+    regions: tuple[Region, ...]
+
+
+def _script(backbone: Backbone, sample: Sample, seen: Sequence[Visual]) -> _Script | str:
+    """The tokens of a rationale, or why the environment does not accept it."""
+    if not sample.rationale:
         return "it has no rationale to learn from"
-    for number, step in enumerate(draft.sample.rationale, start=1):
-        ids, coordinates = backbone.write(step.text, step.region, draft.sample, draft.visuals)
-        text = backbone.detokenize(ids)
-        reply = respond(text, draft.sample, tuple(draft.visuals[: len(draft.sample.images)]), backbone.box_space)
-        if step.region is not None and not isinstance(reply, Look):
-            return f"step {number} should end in a valid box, but the environment reads {text!r} as {reply}"
-        last = number == len(draft.sample.rationale)
-        if isinstance(reply, Done) and not last:
-            return f"step {number} of {len(draft.sample.rationale)} answers already"
-        draft.pieces.append((text, ids, coordinates, reply.region if isinstance(reply, Look) else None))
-    return None
-
-
-def _finish(backbone: Backbone, draft: _Draft, crops: list[Visual]) -> Trajectory:
-    prompt = backbone.prompt_ids(draft.sample, draft.visuals)
     ids, sampled, coordinates, turns, length = [], [], [], [], 0
-    waiting = iter(crops)
-    for text, own, coords, region in draft.pieces:
-        crop = next(waiting) if region is not None else None
-        turns.append(Turn(text, length, length + len(own), region=region, crop=crop))
-        shown = backbone.placeholder_ids(crop) if crop is not None else own[:0]
+    for number, step in enumerate(sample.rationale, start=1):
+        own, own_coordinates = backbone.write(step.text, step.region, sample, seen)
+        if bool(backbone.banned.cpu()[own].any()):
+            return f"step {number} has words that the policy cannot write: {step.text!r}"
+        text = backbone.detokenize(own)
+        reply = respond(text, sample, tuple(seen), backbone.box_space)
+        region = reply.region if isinstance(reply, Look) else None
+        if region is None and (step.region is not None or isinstance(reply, Refuse)):
+            return f"step {number} should end in a valid box, but the environment reads {text!r} as {reply}"
+        if isinstance(reply, Done) and number < len(sample.rationale):
+            return f"step {number} of {len(sample.rationale)} answers already"
+        shown = own[:0]
+        if region is not None:
+            size = backbone.crop_size(sample.images[region.image], region)
+            shown = backbone.placeholder_ids(backbone.visual_tokens(*size))
+        turns.append(Turn(text, length, length + len(own), region=region))
         ids += [own, shown]
         sampled += [torch.ones(len(own), dtype=torch.bool), torch.zeros(len(shown), dtype=torch.bool)]
-        coordinates += [coords, torch.full((len(shown),), torch.nan)]
+        coordinates += [own_coordinates, torch.full((len(shown),), torch.nan)]
         length += len(own) + len(shown)
-    written = "".join(text for text, *_ in draft.pieces)
-    return Trajectory(
-        sample=draft.sample,
-        prompt_ids=prompt,
+    prompt_ids = backbone.prompt_ids(sample, seen)
+    if len(prompt_ids) + length > backbone.context_length:
+        return f"it comes to {len(prompt_ids) + length} tokens, but the context holds {backbone.context_length}"
+    return _Script(
+        prompt_ids=prompt_ids,
         completion_ids=torch.cat(ids),
         sampled=torch.cat(sampled),
-        log_probs=torch.zeros(length),
         coordinates=torch.cat(coordinates),
-        visuals=(*draft.visuals, *crops),
         turns=tuple(turns),
+        regions=tuple(turn.region for turn in turns if turn.region is not None),
+    )
+
+
+def _play(sample: Sample, seen: Sequence[Visual], script: _Script, crops: Sequence[Visual]) -> Trajectory:
+    waiting = iter(crops)
+    turns = tuple(
+        Turn(t.text, t.start, t.stop, t.region, crop=next(waiting) if t.region is not None else None)
+        for t in script.turns
+    )
+    text = "".join(turn.text for turn in turns)
+    return Trajectory(
+        sample=sample,
+        prompt_ids=script.prompt_ids,
+        completion_ids=script.completion_ids,
+        sampled=script.sampled,
+        log_probs=torch.zeros(len(script.sampled)),
+        coordinates=script.coordinates,
+        visuals=(*seen, *crops),
+        turns=turns,
         stop=StopReason.ANSWER if "</answer>" in turns[-1].text else StopReason.EOS,
-        answer=last_answer(written),
-        text=written,
+        answer=last_answer(text),
+        text=text,
     )

@@ -143,6 +143,8 @@ def score(rewards: Mapping[str, Reward], trajectories: Sequence[Trajectory]) -> 
     }
     totals = torch.zeros(len(trajectories))
     for name, reward in rewards.items():
+        if reward.weight == 0:  # watched only: 0 * NaN would be NaN
+            continue
         paid = reward.weight * components[name]
         if reward.requires is not None:
             gate = components[reward.requires]

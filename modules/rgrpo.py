@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Objective:
         clip_high: how far it may rise above.
         ratio_to: denominator of the ratio: the sampler, or the reference (the paper's formula).
         beta: weight of the KL divergence from the reference.
+        unbiased_kl: weigh its estimate by the ratio, which makes the gradient that of the divergence.
         normalisation: the loss is a mean over sequences, over tokens, or a sum over a constant.
         constant: with ``normalisation: constant``, tokens that a trajectory counts for.
         drop_zero_variance: leave out groups whose rewards are all the same.
@@ -41,6 +43,7 @@ class Objective:
     clip_high: float = 0.2
     ratio_to: RatioTo = "sampler"
     beta: float = 0.0
+    unbiased_kl: bool = False
     normalisation: Normalisation = "sequence"
     constant: int | None = None
     drop_zero_variance: bool = True
@@ -83,8 +86,6 @@ class RGRPOModule(PolicyModule):
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
         """All optimizer steps of one iteration."""
-        self.count_skipped(batch.skipped)
-        self.log("data/skipped", float(self.skipped), batch_size=1)
         groups = [g for g in batch.groups if not (self.objective.drop_zero_variance and bool(zero_variance(g.totals)))]
         steps = [self._parts(mini) for mini in split(groups, self.objective.mini_batches)]
         history = [
@@ -92,7 +93,7 @@ class RGRPOModule(PolicyModule):
             for _ in range(self.objective.inner_epochs)
             for parts in steps
         ]
-        self._log([h for h in history if h], len(batch.groups))
+        self.log_now(lambda: self._metrics([h for h in history if h]), len(batch.groups))
         return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for g in groups for t in g.trajectories)}
 
     def _parts(self, groups: Sequence[Group]) -> list[_Part]:
@@ -120,28 +121,33 @@ class RGRPOModule(PolicyModule):
             clip_low=self.objective.clip_low,
             clip_high=self.objective.clip_high,
             beta=self.objective.beta,
+            unbiased_kl=self.objective.unbiased_kl,
             reference_log_probs=part.reference,
             ratio_to=self.objective.ratio_to,
         )
         gap = (log_probs.detach() - part.batch.log_probs).abs()
-        return loss, {**metrics, "entropy": entropy.sum(), "sampler_gap": gap.sum(), "tokens": torch.ones_like(gap).sum()}
-
-    def _log(self, history: Sequence[dict[str, Tensor]], size: int) -> None:
-        if not history:
-            return
-        tokens = torch.stack([h["tokens"] for h in history]).sum()
-        metrics = {
-            f"train/{name}": torch.stack([h[name] for h in history]).sum() / tokens
-            for name in ("ratio", "clip_low", "clip_high", "sampler_kl", "kl", "entropy", "sampler_gap")
-            if name in history[0]
+        return loss, {
+            **metrics,
+            "entropy": entropy.sum(),
+            "sampler_gap": gap.sum(),
+            "tokens": torch.ones_like(gap).sum(),
         }
+
+    def _metrics(self, history: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | float]:
+        metrics: dict[str, Tensor | float] = {"train/learning_rate": self.learning_rate, "data/skipped": self.skipped}
+        if not history:  # every group was dropped
+            return metrics
+        tokens = torch.stack([h["tokens"] for h in history]).sum()
+        for name in ("ratio", "clip_low", "clip_high", "sampler_kl", "kl", "entropy", "sampler_gap"):
+            if name in history[0]:
+                metrics[f"train/{name}"] = torch.stack([h[name] for h in history]).sum() / tokens
         metrics["train/clip_fraction"] = metrics["train/clip_low"] + metrics["train/clip_high"]
         metrics["train/loss"] = torch.stack([h["loss"] for h in history]).mean()
         metrics["train/grad_norm"] = torch.stack([h["grad_norm"] for h in history]).mean()
-        self.log_dict({**metrics, "train/learning_rate": self.learning_rate}, batch_size=max(size, 1))
+        return metrics
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
     """Cut groups into at most ``parts`` runs of nearly equal length; groups stay whole."""
     bounds = [round(k * len(groups) / parts) for k in range(parts + 1)]
-    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [groups[a:b] for a, b in itertools.pairwise(bounds)]

@@ -13,9 +13,7 @@ from modules.trajectory import Trajectory, TrajectoryBatch
 
 def collate(backbone: Backbone, trajectories: list[Trajectory]) -> TrajectoryBatch:
     """Pack trajectories with the positions that this backbone gives them, on its device."""
-    positions = [
-        backbone.positions(torch.cat([t.prompt_ids, t.completion_ids]), t.visuals, 0)[0] for t in trajectories
-    ]
+    positions = [backbone.positions(torch.cat([t.prompt_ids, t.completion_ids]), t.visuals, 0)[0] for t in trajectories]
     batch = pack(
         trajectories, positions, image_token_id=backbone.image_token_id, pad_id=backbone.tokenizer.pad_token_id
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modules.functional.losses import coordinate_cross_entropy, in_chunks
 from modules.policy import PolicyModule
-from modules.replay import replay
+from modules.replay import Replayer
 from modules.scoring import collate
 from modules.trajectory import SampleBatch, TrajectoryBatch
 
@@ -20,13 +20,15 @@ class SFTModule(PolicyModule):
     Args:
         sigma: width, in bins, of the soft targets of coordinate tokens; None: plain cross-entropy.
             Only for backbones with coordinate tokens.
+        grounding_weight: of a coordinate token's loss, where any other token's is 1. A box is four
+            tokens and the answer often one: equal weights make the box most of the loss.
         kwargs: see `PolicyModule`.
 
     Raises:
         ValueError: if ``sigma`` is given and the backbone writes coordinates as digits.
     """
 
-    def __init__(self, *args: Any, sigma: float | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sigma: float | None = None, grounding_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if sigma is not None and self.backbone.coordinate_bins is None:
             raise ValueError(
@@ -34,18 +36,20 @@ class SFTModule(PolicyModule):
                 f"but got {sigma}."
             )
         self.sigma = sigma
+        self.grounding_weight = grounding_weight
+        self.replay = Replayer(self.backbone)
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
         """One optimizer step on one batch."""
-        trajectories, refused = replay(self.backbone, batch.samples)
-        self.count_skipped([*batch.skipped, *refused])
+        trajectories, refused = self.replay(batch.samples)
+        self.refuse(refused)
         size = self.micro_batch or max(len(trajectories), 1)
         parts = [trajectories[k : k + size] for k in range(0, len(trajectories), size)]
         packed = [collate(self.backbone, part) for part in parts]
         count = sum(len(b.targets) for b in packed)
         sums = self.update(packed, self._loss, count)
         if sums:
-            self._log(sums, len(trajectories))
+            self.log_now(lambda: self._metrics(sums), len(trajectories))
         return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for t in trajectories)}
 
     def _loss(self, batch: TrajectoryBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,16 +69,16 @@ class SFTModule(PolicyModule):
             "grounding_tokens": boxes.sum(),
             "text_tokens": (~boxes).sum(),
         }
-        return losses.sum(), parts
+        return (losses * torch.where(boxes, self.grounding_weight, 1.0)).sum(), parts
 
-    def _log(self, sums: dict[str, Tensor], size: int) -> None:
-        metrics = {
+    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        metrics: dict[str, Tensor | float] = {
             "train/loss": sums["loss"],
             "train/loss/text": sums["text"] / sums["text_tokens"],
             "train/grad_norm": sums["grad_norm"],
             "train/learning_rate": self.learning_rate,
-            "data/skipped": float(self.skipped),
+            "data/skipped": self.skipped,
         }
         if sums["grounding_tokens"]:
             metrics["train/loss/grounding"] = sums["grounding"] / sums["grounding_tokens"]
-        self.log_dict(metrics, batch_size=size, prog_bar=False)
+        return metrics

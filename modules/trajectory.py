@@ -12,7 +12,7 @@ Conventions, everywhere in this project:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal
 
 import torch
@@ -61,7 +61,7 @@ class Visual:
     role: Literal["image", "crop"] = "image"
 
 
-class StopReason(str, Enum):
+class StopReason(StrEnum):
     """Why a trajectory ended."""
 
     ANSWER = "answer"  # it wrote </answer>

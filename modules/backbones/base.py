@@ -115,14 +115,21 @@ class Backbone(nn.Module, ABC):
             [image.to(self.device) for image in distinct],
             torch.tensor([region.box for region in regions], device=self.device),
             torch.tensor([place[id(image)] for image in images], device=self.device),
+            [self.crop_size(image, region) for image, region in zip(images, regions, strict=True)],
         )
         return [Visual(x, self.visual_tokens(x.shape[-2], x.shape[-1]), "crop") for x in crops]
 
-    def placeholder_ids(self, visual: Visual) -> Tensor:
-        """(n,) ids that stand for a visual inside a sequence."""
-        return torch.full((visual.tokens,), self.image_token_id)
+    def placeholder_ids(self, tokens: int) -> Tensor:
+        """(n,) ids that stand for a visual of so many tokens inside a sequence."""
+        return torch.full((tokens,), self.image_token_id)
 
-    def write(self, text: str, region: Region | None, sample: Sample, visuals: Sequence[Visual]) -> tuple[Tensor, Tensor]:
+    def crop_size(self, image: Tensor, region: Region) -> tuple[int, int]:
+        """(height, width) of the crop of ``region`` on an image (3, H, W)."""
+        return self.crop_scaler.output_size(region.box, (image.shape[-2], image.shape[-1]))
+
+    def write(
+        self, text: str, region: Region | None, sample: Sample, visuals: Sequence[Visual]
+    ) -> tuple[Tensor, Tensor]:
         """What the policy would have written to say ``text`` and then ask for ``region``.
 
         Returns:

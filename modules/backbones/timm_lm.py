@@ -98,6 +98,9 @@ class TimmLMBackbone(Backbone):
         context_length: longest sequence; None: what the language model's config says.
     """
 
+    pixel_mean: Tensor  # (3, 1, 1)
+    pixel_std: Tensor
+
     def __init__(
         self,
         vision: VisionConfig,
@@ -125,7 +128,7 @@ class TimmLMBackbone(Backbone):
         self.register_buffer("coordinate_bins", bins, persistent=False)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-        self.vision = timm.create_model(vision.name, vision.pretrained, num_classes=0, **vision.options)
+        self.vision = build_encoder(vision)
         known = self.vision.pretrained_cfg
         for name, given in (("mean", vision.mean), ("std", vision.std)):
             value = torch.as_tensor(known[name] if given is None else given, dtype=torch.float32)
@@ -133,6 +136,7 @@ class TimmLMBackbone(Backbone):
         self.patch = int(self.vision.feature_info[-1]["reduction"])
         self.image_scaler, self.crop_scaler = image.build(self.patch), crop.build(self.patch)
 
+        self.language: Any
         if language.name is not None:
             self.language = AutoModelForCausalLM.from_pretrained(language.name, attn_implementation="sdpa")
             if len(self.tokenizer) > self.language.get_input_embeddings().num_embeddings:
@@ -159,7 +163,7 @@ class TimmLMBackbone(Backbone):
 
     def prompt_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
         """The images, then the question and the instruction."""
-        images = [self.placeholder_ids(visual) for visual in visuals]
+        images = [self.placeholder_ids(visual.tokens) for visual in visuals]
         return torch.cat([*images, self.tokenize(sample.question + self.instruction)])
 
     def visual_tokens(self, height: int, width: int) -> int:
@@ -213,6 +217,11 @@ class TimmLMBackbone(Backbone):
         """The language model's output layer."""
         logits: Tensor = self.language.get_output_embeddings()(hidden)
         return logits
+
+
+def build_encoder(vision: VisionConfig) -> Any:
+    """The timm model without a classifier; ``Any``, since what it has depends on its kind."""
+    return timm.create_model(vision.name, vision.pretrained, num_classes=0, **vision.options)
 
 
 def projection(kind: Literal["linear", "mlp"], inputs: int, outputs: int) -> nn.Module:

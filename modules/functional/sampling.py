@@ -12,7 +12,7 @@ class UniformStream:
     BLOCK = 64
 
     def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed % 2**64)  # it takes no more
         self._block: list[float] = []
 
     def next(self) -> float:

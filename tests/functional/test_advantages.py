@@ -52,7 +52,7 @@ def test_scale_and_offset_of_rewards_do_not_matter_when_scaled() -> None:
     [
         [1.7],  # a group of one
         [0.0, 0.0, 0.0],
-        [0.7] * 5,  # whose float32 mean is not 0.7: rounding must not become an advantage
+        [0.7] * 8,  # whose float32 mean is not 0.7: rounding must not become an advantage
         [NAN, NAN],
         [NAN, 0.4, NAN],
     ],

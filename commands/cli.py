@@ -1,0 +1,140 @@
+"""The command line of one run: fit, validate, test or predict a policy that YAML describes.
+
+`CLI` is LightningCLI with these rules: everything of a run lies in ``--run_dir``, the rollout callback
+and the checkpoint callback are always there under names of their own (``--rollout.*``,
+``--checkpoint.*``), and what configuration and command line say is never overruled by a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
+
+import callbacks  # noqa: F401  their classes can be named in YAML without a path
+import datamodules  # noqa: F401
+import modules  # noqa: F401
+from callbacks.rollout import RolloutCallback
+from callbacks.throughput import Throughput
+from commands.suggest import Parser
+from modules.policy import PolicyModule
+
+FALSE_ALARMS = (
+    r"LightningCLI's args parameter is intended",  # a pipeline runs several stages in one process, on purpose
+    r"The `srun` command is available on your system but is not used",  # SLURM is installed, the run is local
+    r"Checkpoint directory .* exists and is not empty",  # curves and checkpoints share the run's folder
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
+)
+
+
+class CLI(LightningCLI):
+    """LightningCLI for policies.
+
+    Args:
+        args: the command line without the program's name; None: ``sys.argv``.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        # the configuration tree hangs below the subcommand: without this, ${vars.x} would not be found
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            PolicyModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults={
+                "accelerator": "auto",
+                "devices": 1,
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": "", "name": "", "version": "", "default_hp_metric": False},
+                },
+                "callbacks": [Throughput()],  # leaves fit.json: seconds over all resumed attempts, and steps
+            },
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
+            args=None if args is None else list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Declare what every run has beside trainer, model and data."""
+        parser.add_argument("--vars", type=dict, default={}, help="Free variables: ${vars.name} elsewhere in the YAML.")
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/default", help="Folder of everything that a run writes."
+        )
+        parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
+        # links, not interpolation: they act again when a saved config.yaml is run with another --run_dir
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")
+        parser.link_arguments("run_dir", "checkpoint.dirpath")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; what jsonargparse lets through of the user's mistakes ends like all others."""
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            parser.error(str(error.msg or error))
+        except AttributeError as error:  # a class path that is given in full and names nothing
+            if not isinstance(error.obj, ModuleType):
+                raise
+            parser.error(str(error))
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: LightningCLI would let the checkpoint's hyper-parameters replace it."""
+
+    def before_instantiate_classes(self) -> None:
+        """A test in the folder of a fit does not overwrite the configuration of the fit."""
+        if self.subcommand != "fit":
+            self.save_config_kwargs["config_filename"] = f"config.{self.subcommand}.yaml"
+
+
+def cli(args: Sequence[str] | None = None) -> CLI:
+    """Run one command, such as ``["fit", "--config=configs/sft.yaml"]``, and return what ran.
+
+    Args:
+        args: the command line without the program's name; None: ``sys.argv``.
+
+    Raises:
+        SystemExit: with code 2 after a message if the command line or a file is wrong.
+    """
+    with without_false_alarms():
+        return CLI(args)
+
+
+@contextmanager
+def without_false_alarms() -> Iterator[None]:
+    """Ignore the warnings that are wrong here; all others pass."""
+    with warnings.catch_warnings():
+        for message in FALSE_ALARMS:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def first_rank() -> bool:
+    """Whether this process writes files and messages for all."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+@rank_zero_only
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is either there as a whole or not at all; on the first rank only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

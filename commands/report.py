@@ -1,0 +1,250 @@
+"""From predictions to a table: accuracies with intervals that know that questions share images.
+
+A test stage leaves ``predictions.jsonl`` (``predictions.<rank>.jsonl`` with several ranks), one line a
+question and mode; a fit stage leaves ``fit.json``. `build` turns them into the contents of
+``results.json``, `table` into text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        test: test stage whose predictions are counted.
+        mode: which of its predictions.
+        sampled_mode: mode of ``sampled_accuracy``; null: not measured.
+        seconds_from: fit stages that it took to get there; their seconds are added up.
+    """
+
+    test: str
+    mode: str = "greedy"
+    sampled_mode: str | None = None
+    seconds_from: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is reported.
+
+    Args:
+        rows: name -> line of the table.
+        compare: name -> the two rows whose accuracies are subtracted, first minus second.
+    """
+
+    rows: dict[str, Row]
+    compare: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is counted of one line of ``predictions.jsonl``."""
+
+    id: str
+    image_id: str
+    correct: float  # 0 or 1
+    iou: float | None  # None: the question has no annotated region
+    crops: int
+
+
+class ReportError(Exception):
+    """A report that cannot be made: the message names the file and what it lacks."""
+
+
+def build(report: Report, run_dir: Path) -> dict[str, Any]:
+    """The contents of ``results.json``.
+
+    Returns:
+        Row name -> ``accuracy``, ``accuracy_ci95`` [low, high], ``sampled_accuracy``, ``mean_iou``,
+        ``zoom_rate``, ``n``, ``seconds``, null where not measured; comparison name -> [low, high],
+        the 95% interval of the paired difference of accuracies.
+
+    Raises:
+        ReportError: if a file is missing or broken, or two compared rows are not of the same questions.
+    """
+    predictions = {name: read_predictions(run_dir / row.test, row.mode) for name, row in report.rows.items()}
+    results: dict[str, Any] = {name: measure(row, predictions[name], run_dir) for name, row in report.rows.items()}
+    for name, (a, b) in report.compare.items():
+        results[name] = difference_ci95(name, predictions[a], predictions[b])
+    return results
+
+
+def measure(row: Row, predictions: Sequence[Prediction], run_dir: Path) -> dict[str, Any]:
+    """The numbers of one row."""
+    correct = [p.correct for p in predictions]
+    ious = [p.iou for p in predictions if p.iou is not None]
+    images = [p.image_id for p in predictions]
+    sampled = read_predictions(run_dir / row.test, row.sampled_mode) if row.sampled_mode else []
+    return {
+        "accuracy": mean(correct),
+        "accuracy_ci95": clipped(mean_ci95(correct, images), 0.0),
+        "sampled_accuracy": mean([p.correct for p in sampled]),
+        "mean_iou": mean(ious),
+        "zoom_rate": mean([float(p.crops > 0) for p in predictions]),
+        "n": len(predictions),
+        "seconds": sum(read_seconds(run_dir / stage) for stage in row.seconds_from) if row.seconds_from else None,
+    }
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Arithmetic mean; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def mean_ci95(values: Sequence[float], clusters: Sequence[str]) -> Interval | None:
+    """The 95% interval of a mean whose values are correlated within clusters.
+
+    ``mean ± t(0.975, G - 1) sqrt(V)`` with ``V = G / (G - 1) * sum_g (sum_{i in g} (y_i - mean))^2 / N^2``
+    for N values in G clusters: the cluster-robust variance (Liang and Zeger 1986) of a regression on a
+    constant alone, with the factor G / (G - 1) * (N - 1) / (N - 1) of CR1 and t quantiles of Cameron and
+    Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference". With clusters of one value it is
+    the usual ``s^2 / N``. Where all values agree it has no width, however few they are.
+
+    Args:
+        values: N numbers.
+        clusters: the cluster of each.
+
+    Returns:
+        (low, high); None for fewer than two clusters, which say nothing of the spread.
+    """
+    center = mean(values)
+    residuals: dict[str, list[float]] = defaultdict(list)
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster].append(value - center)  # type: ignore[operator]  # a mean of something
+    groups = len(residuals)
+    if center is None or groups < 2:
+        return None
+    variance = groups / (groups - 1) * math.fsum(math.fsum(each) ** 2 for each in residuals.values()) / len(values) ** 2
+    half = float(student.ppf(0.975, groups - 1)) * math.sqrt(variance)
+    return center - half, center + half
+
+
+def difference_ci95(name: str, a: Sequence[Prediction], b: Sequence[Prediction]) -> list[float] | None:
+    """The 95% interval of accuracy(a) - accuracy(b), paired by question, clustered by image.
+
+    Raises:
+        ReportError: if the two are not of the same questions.
+    """
+    first, second = {p.id: p for p in a}, {p.id: p for p in b}
+    if lonely := sorted(set(first) ^ set(second)):
+        raise ReportError(
+            f"Expected both rows of {name!r} to answer the same questions, but {len(lonely)} are in one of them "
+            f"alone, {lonely[0]!r} first."
+        )
+    for key in first:
+        if first[key].image_id != second[key].image_id:
+            raise ReportError(
+                f"Expected question {key!r} of {name!r} to be about one image, but got "
+                f"{first[key].image_id!r} and {second[key].image_id!r}."
+            )
+    differences = [first[key].correct - second[key].correct for key in first]
+    return clipped(mean_ci95(differences, [p.image_id for p in a]), -1.0)
+
+
+def clipped(interval: Interval | None, low: float) -> list[float] | None:
+    """An interval without the values outside [low, 1], which no accuracy or difference can have."""
+    return None if interval is None else [max(interval[0], low), min(interval[1], 1.0)]
+
+
+def read_predictions(folder: Path, mode: str) -> list[Prediction]:
+    """The predictions of one mode that a test stage has left, of all ranks.
+
+    Raises:
+        ReportError: if there are none, or a line is broken or there twice.
+    """
+    files = sorted(folder.glob("predictions*.jsonl"))
+    if not files:
+        raise ReportError(f"Expected {folder}/predictions.jsonl, but the test stage left no predictions.")
+    found: dict[str, Prediction] = {}
+    modes: set[str] = set()
+    for where, line in (each for file in files for each in lines(file)):
+        modes.add(line["mode"])
+        if line["mode"] != mode:
+            continue
+        if line["correct"] not in (0, 1):
+            raise ReportError(f"{where}: expected `correct` to be 0 or 1, but got {line['correct']!r}.")
+        if line["id"] in found:
+            raise ReportError(f"{where}: question {line['id']!r} is there twice in mode {mode!r}.")
+        found[line["id"]] = Prediction(line["id"], line["image_id"], line["correct"], line["iou"], line["crops"])
+    if not found:
+        raise ReportError(f"Expected predictions of mode {mode!r} in {folder}, but found {sorted(modes) or 'none'}.")
+    return list(found.values())
+
+
+def lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``file:line`` and contents of every line.
+
+    Raises:
+        ReportError: if a line is no JSON object or lacks a key.
+    """
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{file}:{number}"
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ReportError(f"{where}: not valid JSON: {error}.") from error
+        if missing := [key for key in ("id", "image_id", "mode", "correct", "iou", "crops") if key not in line]:
+            raise ReportError(f"{where}: lacks {', '.join(missing)}.")
+        yield where, line
+
+
+def read_seconds(folder: Path) -> float:
+    """Seconds of training of a fit stage.
+
+    Raises:
+        ReportError: if the stage has not ended.
+    """
+    file = folder / "fit.json"
+    if not file.is_file():
+        raise ReportError(f"Expected {file}, which a fit stage writes at its end.")
+    return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+
+
+def table(report: Report, results: dict[str, Any]) -> str:
+    """Results as aligned text."""
+    head = ("", "accuracy", "95% interval", "sampled", "mean IoU", "zoom rate", "n", "seconds")
+    body: list[tuple[str, ...]] = [
+        (
+            name,
+            number(results[name]["accuracy"]),
+            interval(results[name]["accuracy_ci95"]),
+            number(results[name]["sampled_accuracy"]),
+            number(results[name]["mean_iou"]),
+            number(results[name]["zoom_rate"]),
+            str(results[name]["n"]),
+            number(results[name]["seconds"], 0),
+        )
+        for name in report.rows
+    ]
+    body += [
+        (name, number(results[a]["accuracy"] - results[b]["accuracy"], sign="+"), interval(results[name], "+"))
+        + ("",) * (len(head) - 3)
+        for name, (a, b) in report.compare.items()
+    ]
+    widths = [max(len(row[k]) for row in (head, *body)) for k in range(len(head))]
+    rows = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *body)]
+    return "\n".join("  ".join([row[0].strip().ljust(widths[0]), *row[1:]]).rstrip() for row in rows)
+
+
+def number(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """A number, or a dash where nothing was measured."""
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def interval(value: Sequence[float] | None, sign: str = "") -> str:
+    """An interval, or a dash where nothing was measured."""
+    return "-" if value is None else f"[{number(value[0], sign=sign)}, {number(value[1], sign=sign)}]"

@@ -1,0 +1,1 @@
+"""Policy networks behind one interface, `base.Backbone`."""

@@ -1,0 +1,92 @@
+"""Metrics of trajectories against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from modules.metrics import last_iou, mean, measure
+from modules.trajectory import Box, Region, Sample, StopReason, Trajectory, Turn, Visual
+
+CROP = Visual(torch.zeros(3, 8, 8), 1, "crop")
+ANSWER = Turn("<answer>7</answer>", 0, 0)
+
+
+def look(*box: float, image: int = 0) -> Turn:
+    return Turn("", 0, 0, region=Region((box[0], box[1], box[2], box[3]), image), crop=CROP)
+
+
+def trajectory(
+    *turns: Turn, annotated: tuple[Region, ...] = (), stop: StopReason = StopReason.ANSWER, written: int = 3
+) -> Trajectory:
+    """On an image of 40 rows and 100 columns, and one of 10 by 10."""
+    images = (torch.zeros(3, 40, 100, dtype=torch.uint8), torch.zeros(3, 10, 10, dtype=torch.uint8))
+    ids = torch.zeros(written + 4, dtype=torch.long)
+    sampled = torch.arange(written + 4) < written
+    nothing = torch.zeros(len(ids))
+    return Trajectory(
+        Sample("s", "?", images, regions=annotated), ids, ids, sampled, nothing, nothing, (), turns, stop, "7", ""
+    )
+
+
+def test_two_crops_and_a_refusal() -> None:
+    turns = (look(0, 0, 50, 20), Turn("", 0, 0, fault="order"), look(0, 0, 10, 9, image=1), ANSWER)
+    assert measure(trajectory(*turns)) == pytest.approx(
+        {
+            "zoom_rate": 1.0,
+            "crops": 2.0,
+            "crop_area": (0.25 + 0.9) / 2,  # each of its own image
+            "whole_image": 0.5,  # 0.9 is whole already
+            "faults": 1.0,
+            "turns": 4.0,
+            "tokens": 3.0,  # sampled ones, not what the environment put in
+            "truncated": 0.0,
+            "iou": math.nan,
+        },
+        nan_ok=True,
+    )
+
+
+def test_without_crops_their_sizes_are_unknown() -> None:
+    asked = Turn("", 0, 0, region=Region((0, 0, 50, 20)))  # after the last turn: not shown
+    numbers = measure(trajectory(asked, stop=StopReason.MAX_TURNS, annotated=(Region((0, 0, 50, 20)),)))
+    assert (numbers["zoom_rate"], numbers["crops"], numbers["truncated"]) == (0, 0, 1)
+    assert math.isnan(numbers["crop_area"])
+    assert math.isnan(numbers["whole_image"])
+    assert numbers["iou"] == 0  # it looked nowhere
+
+
+@pytest.mark.parametrize("stop", StopReason)
+def test_truncated_is_what_a_limit_ended(stop: StopReason) -> None:
+    limits = {StopReason.TURN_LENGTH, StopReason.MAX_TURNS, StopReason.CONTEXT}
+    assert measure(trajectory(ANSWER, stop=stop))["truncated"] == float(stop in limits)
+
+
+@pytest.mark.parametrize(("box", "whole"), [((0, 0, 100, 40), 1), ((0, 0, 90, 40), 1), ((0, 0, 89, 40), 0)])
+def test_whole_image(box: Box, whole: float) -> None:
+    assert measure(trajectory(look(*box), ANSWER))["whole_image"] == whole
+
+
+def test_iou_is_that_of_the_last_look_with_the_best_annotation() -> None:
+    annotated = (Region((0, 0, 20, 20)), Region((60, 0, 80, 20)), Region((0, 0, 10, 10), image=1))
+    last = look(60, 0, 80, 10)  # half of the second one
+    assert measure(trajectory(look(0, 0, 20, 20), last, ANSWER, annotated=annotated))["iou"] == pytest.approx(0.5)
+
+
+def test_last_iou() -> None:
+    first, second = Region((0, 0, 10, 10)), Region((0, 0, 10, 10), image=1)
+    assert math.isnan(last_iou([first], ()))
+    assert last_iou([], (first,)) == 0
+    assert last_iou([first], (first,)) == 1
+    assert last_iou([second], (first,)) == 0  # the same box, of another image
+    assert last_iou([first, Region((20, 20, 30, 30))], (first,)) == 0
+    # 5 x 10 in common; 100 + 100 - 50 in all
+    assert last_iou([Region((5, 0, 15, 10))], (first, Region((50, 50, 60, 60)))) == pytest.approx(1 / 3)
+
+
+def test_means_are_over_what_is_known() -> None:
+    rows = [{"a": 1.0, "b": math.nan, "c": math.nan}, {"a": 2.0, "b": 5.0, "c": math.nan}]
+    assert mean(rows) == {"a": (1.5, 2), "b": (5.0, 1)}
+    assert mean([]) == {}

@@ -1,0 +1,57 @@
+"""The command line.
+
+    python train.py fit --config configs/quickstart/sft.yaml --run_dir runs/sft     # train
+    python train.py validate | test | predict --config ... --ckpt_path ...           # measure, predict
+    python train.py pipeline --config configs/quickstart/pipeline.yaml --seed 1      # stage after stage, and a report
+
+Every value of a YAML file can be given on the command line after it, and several files follow one
+another: ``--config a.yaml --config b.yaml --model.init_args.clip_norm=0.5``. ``python train.py fit
+--help`` lists what there is, ``--print_config`` shows what would run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+RUNS = ("fit", "validate", "test", "predict")
+
+
+def main(args: Sequence[str]) -> None:
+    """Run one command.
+
+    Args:
+        args: the command line without the program's name.
+
+    Raises:
+        SystemExit: with code 2 after a message if the command line or a file is wrong.
+    """
+    # imported where they are used: --help of one command does not wait for what another one needs
+    first = args[0] if args else ""
+    if first in ("-h", "--help"):
+        print(__doc__)
+        return
+    if first in COMMANDS:
+        COMMANDS[first](args[1:])
+        return
+    from commands.cli import cli
+    from commands.suggest import listed, meant, nearest
+
+    if first and not first.startswith("-") and first not in RUNS:
+        known = [*RUNS, *COMMANDS]
+        print(f"error: unknown command {first!r}{meant(nearest(first, known)) or listed(known)}", file=sys.stderr)
+        sys.exit(2)
+    cli(args)
+
+
+def pipeline(args: Sequence[str]) -> None:
+    """Several runs after one another, then a report."""
+    from commands.pipeline import main as run
+
+    run(args)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"pipeline": pipeline}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
