@@ -20,7 +20,7 @@ TRAIN_NAMES = {  # metric -> its name on the bar, in this order
 VAL_NAMES = {"val/accuracy": "acc", "val/zoom_rate": "zoom", "val/loss": "loss"}
 
 
-class ProgressBar(TQDMProgressBar):
+class RunProgressBar(TQDMProgressBar):
     """Lightning's bar with short names on a terminal; a plain line now and then where there is none.
 
     A bar redraws itself with carriage returns, which a log file keeps all of. So where stdout is no terminal

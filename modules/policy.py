@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import lightning as L
@@ -80,7 +81,7 @@ class PolicyModule(L.LightningModule):
         self.clip_norm = clip_norm
         self.micro_batch = micro_batch
         self.head_chunk = head_chunk
-        self.refused = 0
+        self.refused: dict[str, None] = {}  # an ordered set of "id: why"
         if init_from is not None:
             load_policy(backbone, init_from)
         freeze_matching(backbone, freeze)
@@ -88,7 +89,9 @@ class PolicyModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains, and its schedule, stepped by `update`."""
         optimizer = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = int(self.trainer.estimated_stepping_batches) * self.steps_per_batch  # Lightning counts one a batch
+        if self.trainer.max_steps > 0:
+            steps = min(steps, self.trainer.max_steps)
         scheduler = get_scheduler(
             self.schedule.name,
             optimizer,
@@ -97,6 +100,11 @@ class PolicyModule(L.LightningModule):
             scheduler_specific_kwargs=dict(self.schedule.options),
         )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    @property
+    def steps_per_batch(self) -> int:
+        """How many optimizer steps a batch comes to at most."""
+        return 1
 
     def update(
         self, micro_batches: Sequence[M], loss: Callable[[M], tuple[Tensor, dict[str, Tensor]]], count: float
@@ -159,15 +167,16 @@ class PolicyModule(L.LightningModule):
         return float(optimizer.param_groups[0]["lr"])
 
     def refuse(self, samples: Sequence[str]) -> None:
-        """Count samples that cannot be trained on, and name them."""
-        self.refused += len(samples)
+        """Count samples that cannot be trained on, and name them; once each, however many epochs they come in."""
         for why in samples:
-            logger.warning("skipped %s", why)
+            if why not in self.refused:
+                logger.warning("skipped %s", why)
+            self.refused[why] = None
 
     @property
     def skipped(self) -> float:
         """Rows that the data module left out and samples that were refused, so far."""
-        return float(getattr(self.trainer.datamodule, "skipped_total", 0) + self.refused)  # type: ignore[attr-defined]
+        return float(getattr(self.trainer.datamodule, "skipped_total", 0) + len(self.refused))  # type: ignore[attr-defined]
 
     def validation_step(self, batch: SampleBatch, batch_idx: int) -> None:
         """Trajectories are rolled out, measured and logged by the rollout callback."""
@@ -183,7 +192,12 @@ def load_policy(backbone: Backbone, path: str) -> None:
     """Load the policy's weights out of a training checkpoint."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected `init_from` to be a checkpoint, but there is no file {path!r}.")
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (KeyError, UnpicklingError) as error:
+        raise ValueError(
+            f"Expected `init_from` {path!r} to be a training checkpoint, but reading it fails: {error!r}."
+        ) from error
     own = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     expected = backbone.state_dict()
     wrong = sorted(set(own) ^ set(expected)) or sorted(k for k in own if own[k].shape != expected[k].shape)

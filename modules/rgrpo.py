@@ -80,6 +80,11 @@ class RGRPOModule(PolicyModule):
         self.objective = objective or Objective()
         self.reference = ReferenceModule(self.backbone) if self.objective.needs_reference else None
 
+    @property
+    def steps_per_batch(self) -> int:
+        """See `PolicyModule.steps_per_batch`; fewer where groups are dropped."""
+        return self.objective.inner_epochs * self.objective.mini_batches
+
     def advantages(self, totals: Tensor) -> Tensor:
         """(G,) or (N, G) advantages of rewards."""
         return group_advantages(totals, scale_by_std=self.objective.scale_by_std, epsilon=self.objective.epsilon)
@@ -93,7 +98,7 @@ class RGRPOModule(PolicyModule):
             for _ in range(self.objective.inner_epochs)
             for parts in steps
         ]
-        self.log_now(lambda: self._metrics([h for h in history if h]), len(batch.groups))
+        self.log_now(lambda: self._metrics([h for h in history if "tokens" in h]), len(batch.groups))
         return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for g in groups for t in g.trajectories)}
 
     def _parts(self, groups: Sequence[Group]) -> list[_Part]:
@@ -135,7 +140,7 @@ class RGRPOModule(PolicyModule):
 
     def _metrics(self, history: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | float]:
         metrics: dict[str, Tensor | float] = {"train/learning_rate": self.learning_rate, "data/skipped": self.skipped}
-        if not history:  # every group was dropped
+        if not history:  # every group was dropped, or this rank has none
             return metrics
         tokens = torch.stack([h["tokens"] for h in history]).sum()
         for name in ("ratio", "clip_low", "clip_high", "sampler_kl", "kl", "entropy", "sampler_gap"):

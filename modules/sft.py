@@ -48,7 +48,7 @@ class SFTModule(PolicyModule):
         packed = [collate(self.backbone, part) for part in parts]
         count = sum(len(b.targets) for b in packed)
         sums = self.update(packed, self._loss, count)
-        if sums:
+        if packed:  # else this rank only stepped with its peers, if at all
             self.log_now(lambda: self._metrics(sums), len(trajectories))
         return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for t in trajectories)}
 
@@ -62,7 +62,7 @@ class SFTModule(PolicyModule):
             return (coordinate_cross_entropy(self.backbone.head(h), targets, coordinates, families, self.sigma or 1.0),)
 
         (losses,) = in_chunks(cross_entropy, hidden, batch.targets, graded, size=self.head_chunk)
-        boxes = graded.isfinite()
+        boxes = batch.coordinates.isfinite()
         parts = {
             "grounding": losses.detach()[boxes].sum(),
             "text": losses.detach()[~boxes].sum(),

@@ -124,24 +124,37 @@ EXAMPLES = {
         code=1 + 0 + 0 + 0.10,
     ),
     "LaTeX": Example(  # the braces are no boxes
-        trajectory(say(THINK + r" \sqrt{[4]} \{[1]}</think><answer>\frac{[1]}{2}</answer>"), answers=(r"\frac{[1]}{2}",)),
+        trajectory(
+            say(THINK + r" \sqrt{[4]} \{[1]}</think><answer>\frac{[1]}{2}</answer>"), answers=(r"\frac{[1]}{2}",)
+        ),
         paper=1 + 1 + 0 + 0.156,  # 100 + 18 + 8 + 8 + 13 + 9
         code=1 + 0.5 + 0 + 0.10,
     ),
 }
 
 
-def preset(name: str) -> dict[str, Reward]:
+# Rewards of the same names, that a file before the preset may have set: nothing of them may stay.
+OTHERS = """
+accuracy: {class_path: Accuracy, init_args: {weight: 2.0}}
+format: {class_path: Format, init_args: {form: final_answer, weight: 0.1}}
+region: {class_path: RegionValidity, init_args: {rule: all_valid, weight: 0.1, requires: format}}
+length: {class_path: Length, init_args: {per_character: 1.0, cap: 9.0, of: shortest_segment, requires: accuracy}}
+"""
+
+
+def preset(name: str, *options: str) -> dict[str, Reward]:
     """The rewards of one of the files, as the command line reads them."""
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RolloutCallback, "rollout")
-    return dict(parser.instantiate(parser.parse_args([f"--config={CONFIGS / name}.yaml"])).rollout.rewards)
+    config = parser.parse_args([*options, f"--config={CONFIGS / name}.yaml"])
+    return dict(parser.instantiate(config).rollout.rewards)
 
 
+@pytest.mark.parametrize("options", [[], [f"--rollout.rewards={OTHERS}"]])
 @pytest.mark.parametrize("name", ["paper", "code"])
-def test_presets_pay_what_was_worked_out_by_hand(name: str) -> None:
-    rewards = preset(name)
+def test_presets_pay_what_was_worked_out_by_hand(name: str, options: list[str]) -> None:
+    rewards = preset(name, *options)
     assert list(rewards) == ["accuracy", "format", "region", "length"]
     components, totals = score(rewards, [example.trajectory for example in EXAMPLES.values()])
     found = dict(zip(EXAMPLES, totals.tolist(), strict=True))

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from callbacks.progress import ProgressBar, clock, metric_table, pace
+from callbacks.progress import RunProgressBar, clock, metric_table, pace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,7 +53,7 @@ def loader(batches: int) -> DataLoader[Any]:
     return DataLoader(torch.zeros(batches, 1))  # type: ignore[arg-type]
 
 
-def trainer(folder: Path, bar: ProgressBar, **kwargs: Any) -> pl.Trainer:
+def trainer(folder: Path, bar: RunProgressBar, **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=folder,
         callbacks=[bar],
@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
 
 
 def test_log_file_gets_a_few_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, ProgressBar(), max_steps=80).fit(Model(), loader(10), loader(3))
+    trainer(tmp_path, RunProgressBar(), max_steps=80).fit(Model(), loader(10), loader(3))
     out = capsys.readouterr().out
     assert "\r" not in out
     assert "\x1b" not in out
@@ -103,7 +103,7 @@ def test_lines_come_every_so_many_seconds(
             super().training_step(batch, batch_idx)
             now[0] += 5.0
 
-    trainer(tmp_path, ProgressBar(line_seconds=12), max_steps=20).fit(Timed(), loader(10))
+    trainer(tmp_path, RunProgressBar(line_seconds=12), max_steps=20).fit(Timed(), loader(10))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     # a batch is two steps and five seconds: lines at 5 s, then at the first end of a batch 12 s later, ...
     assert [line.split("  ")[0] for line in lines] == [
@@ -128,11 +128,11 @@ def test_a_resume_estimates_from_what_this_run_did(
             super().training_step(batch, batch_idx)
             now[0] += 5.0
 
-    first = trainer(tmp_path, ProgressBar(), max_steps=10)
+    first = trainer(tmp_path, RunProgressBar(), max_steps=10)
     first.fit(Timed(), loader(20))
     first.save_checkpoint(tmp_path / "last.ckpt")
     capsys.readouterr()
-    trainer(tmp_path, ProgressBar(), max_steps=20).fit(Timed(), loader(20), ckpt_path=str(tmp_path / "last.ckpt"))
+    trainer(tmp_path, RunProgressBar(), max_steps=20).fit(Timed(), loader(20), ckpt_path=str(tmp_path / "last.ckpt"))
     line = capsys.readouterr().out.splitlines()[0]
     # one batch of the five that are left took 5 s
     assert line.startswith("step 12/20")
@@ -142,7 +142,7 @@ def test_a_resume_estimates_from_what_this_run_did(
 def test_supervised_training_shows_the_loss_and_epochs_bound_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer(tmp_path, ProgressBar(), max_epochs=2).fit(Model(rewards=False), loader(5))
+    trainer(tmp_path, RunProgressBar(), max_epochs=2).fit(Model(rewards=False), loader(5))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 2  epoch 0  10%  ")
     assert lines[0].endswith("| loss 0.125  lr 1.0e-06")
@@ -152,7 +152,7 @@ def test_supervised_training_shows_the_loss_and_epochs_bound_it(
 def test_evaluation_ends_with_one_table(tmp_path: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stdout", stdout)
-    run = trainer(tmp_path, ProgressBar())
+    run = trainer(tmp_path, RunProgressBar())
     run.test(Model(), loader(3))
     out = stdout.getvalue()
     assert out.count("from the module") == 3
@@ -170,7 +170,7 @@ def test_evaluation_ends_with_one_table(tmp_path: Path, terminal: bool, monkeypa
 def test_terminal_gets_a_bar_with_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = Terminal()
     monkeypatch.setattr(sys, "stdout", stdout)
-    trainer(tmp_path, ProgressBar(), max_steps=8).fit(Model(), loader(4), loader(2))
+    trainer(tmp_path, RunProgressBar(), max_steps=8).fit(Model(), loader(4), loader(2))
     out = stdout.getvalue()
     assert "\r" in out
     assert "v_num" not in out
@@ -181,7 +181,7 @@ def test_terminal_gets_a_bar_with_short_names(tmp_path: Path, monkeypatch: pytes
 
 
 def test_refresh_rate_zero_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, ProgressBar(refresh_rate=0), max_steps=8).fit(Model(), loader(4))
+    trainer(tmp_path, RunProgressBar(refresh_rate=0), max_steps=8).fit(Model(), loader(4))
     assert capsys.readouterr().out == ""
 
 
@@ -190,7 +190,7 @@ def test_long_evaluation_tells_where_it_is(tmp_path: Path, capsys: pytest.Captur
         def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
             time.sleep(0.02)
 
-    trainer(tmp_path, ProgressBar(line_seconds=0.01)).test(Slow(), loader(3))
+    trainer(tmp_path, RunProgressBar(line_seconds=0.01)).test(Slow(), loader(3))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test")]
     assert lines == ["test  batch 1/3  0:00", "test  batch 2/3  0:00", "test  batch 3/3  0:00"]
 

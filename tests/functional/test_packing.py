@@ -19,7 +19,12 @@ def visual(tokens: int) -> Visual:
 
 
 def trajectory(
-    seed: int, prompt: list[int], length: int, seen: tuple[Visual, ...] = (), crops: tuple[int, ...] = (), **changes: float
+    seed: int,
+    prompt: list[int],
+    length: int,
+    seen: tuple[Visual, ...] = (),
+    crops: tuple[int, ...] = (),
+    **changes: float,
 ) -> Trajectory:
     """A random completion of ``length`` written tokens; behind the n-th of them stands crop n of so many tokens."""
     generator = torch.Generator().manual_seed(seed)
