@@ -8,6 +8,7 @@ and the checkpoint callback are always there under names of their own (``--rollo
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 import callbacks  # noqa: F401  their classes can be named in YAML without a path
-import datamodules  # noqa: F401
+import datamodules
 import modules  # noqa: F401
 from callbacks.rollout import RolloutCallback
 from callbacks.throughput import Throughput
@@ -111,10 +112,14 @@ def cli(args: Sequence[str] | None = None) -> CLI:
         args: the command line without the program's name; None: ``sys.argv``.
 
     Raises:
-        SystemExit: with code 2 after a message if the command line or a file is wrong.
+        SystemExit: with code 2 after a message if the command line, a file or the data as a whole is wrong.
     """
     with without_false_alarms():
-        return CLI(args)
+        try:
+            return CLI(args)
+        except datamodules.DataError as error:  # one sentence for the user; where it was raised says nothing more
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 @contextmanager

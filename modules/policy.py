@@ -54,6 +54,7 @@ class PolicyModule(L.LightningModule):
         init_from: checkpoint whose policy weights are the start (R-GRPO from SFT).
         clip_norm: largest norm of the gradient.
         micro_batch: trajectories in one forward and backward pass; None: all of a step.
+        row_tokens: longest row in which trajectories share their prompt; see `functional.packing.pack`.
         head_chunk: sampled tokens whose logits exist at a time.
 
     Raises:
@@ -71,6 +72,7 @@ class PolicyModule(L.LightningModule):
         init_from: str | None = None,
         clip_norm: float = 1.0,
         micro_batch: int | None = None,
+        row_tokens: int = 2048,
         head_chunk: int = 4096,
     ) -> None:
         super().__init__()
@@ -80,8 +82,12 @@ class PolicyModule(L.LightningModule):
         self.schedule = schedule or Schedule()
         self.clip_norm = clip_norm
         self.micro_batch = micro_batch
+        self.row_tokens = row_tokens
         self.head_chunk = head_chunk
+        self.learning_rate = 0.0  # of the latest step
         self.refused: dict[str, None] = {}  # an ordered set of "id: why"
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"Expected `micro_batch` to be at least 1, but got {micro_batch}.")
         if init_from is not None:
             load_policy(backbone, init_from)
         freeze_matching(backbone, freeze)
@@ -142,6 +148,7 @@ class PolicyModule(L.LightningModule):
             )
         trained = [p for p in self.backbone.parameters() if p.requires_grad]
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler = self.lr_schedulers()
         assert scheduler is not None
@@ -158,13 +165,6 @@ class PolicyModule(L.LightningModule):
         """Log metrics of this step if the trainer writes its logs at it; else do not even compute them."""
         if self.trainer._logger_connector.should_update_logs:
             self.log_dict(dict(metrics()), batch_size=max(size, 1))
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the first parameter group, now."""
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        return float(optimizer.param_groups[0]["lr"])
 
     def refuse(self, samples: Sequence[str]) -> None:
         """Count samples that cannot be trained on, and name them; once each, however many epochs they come in."""

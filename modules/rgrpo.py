@@ -50,6 +50,11 @@ class Objective:
     inner_epochs: int = 1
     mini_batches: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("inner_epochs", "mini_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `objective.{name}` to be at least 1, but got {getattr(self, name)}.")
+
     @property
     def needs_reference(self) -> bool:
         """Whether anything uses the reference policy."""
@@ -107,7 +112,7 @@ class RGRPOModule(PolicyModule):
         size = self.micro_batch or max(len(trajectories), 1)
         parts = []
         for start in range(0, len(trajectories), size):
-            batch = collate(self.backbone, trajectories[start : start + size])
+            batch = collate(self.backbone, trajectories[start : start + size], self.row_tokens)
             weights, count = token_weights(
                 batch.owners, batch.num_trajectories, self.objective.normalisation, self.objective.constant
             )

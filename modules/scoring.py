@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,15 @@ from modules.functional.packing import pack
 from modules.trajectory import Trajectory, TrajectoryBatch
 
 
-def collate(backbone: Backbone, trajectories: list[Trajectory]) -> TrajectoryBatch:
-    """Pack trajectories with the positions that this backbone gives them, on its device."""
+def collate(backbone: Backbone, trajectories: Sequence[Trajectory], row_tokens: int = 2048) -> TrajectoryBatch:
+    """Pack trajectories with the positions that this backbone gives them, on its device; see `pack`."""
     positions = [backbone.positions(torch.cat([t.prompt_ids, t.completion_ids]), t.visuals, 0)[0] for t in trajectories]
     batch = pack(
-        trajectories, positions, image_token_id=backbone.image_token_id, pad_id=backbone.tokenizer.pad_token_id
+        trajectories,
+        positions,
+        image_token_id=backbone.image_token_id,
+        pad_id=backbone.tokenizer.pad_token_id,
+        row_tokens=row_tokens,
     )
     return batch.to(backbone.device)
 

@@ -45,7 +45,7 @@ class SFTModule(PolicyModule):
         self.refuse(refused)
         size = self.micro_batch or max(len(trajectories), 1)
         parts = [trajectories[k : k + size] for k in range(0, len(trajectories), size)]
-        packed = [collate(self.backbone, part) for part in parts]
+        packed = [collate(self.backbone, part, self.row_tokens) for part in parts]
         count = sum(len(b.targets) for b in packed)
         sums = self.update(packed, self._loss, count)
         if packed:  # else this rank only stepped with its peers, if at all

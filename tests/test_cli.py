@@ -241,6 +241,25 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in (*train.RUNS, *train.COMMANDS) if name not in said] == []
 
 
+UNUSABLE_DATA = {
+    "no such file": (None, "rows.json: no such file."),
+    "not JSON": ("<html>", "rows.json: expected a JSON list of objects, found no JSON"),
+    "no rows": ("[]", "rows.json: expected a JSON list of objects, found no rows"),
+    "only bad rows": ('[{"question": "?"}]', "no usable row among 1"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE_DATA)
+def test_data_that_cannot_be_used_end_the_run_in_a_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, expected = UNUSABLE_DATA[name]
+    if content is not None:
+        Path("rows.json").write_text(content)
+    data = ["--data=AuthorsDataModule", "--data.train=rows.json", "--data.kind=rgrpo"]
+    said = refused([*FIT, *data], capsys)
+    assert expected in said
+    assert "Traceback" not in said
+
+
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data" in refused(["fit"], capsys)
     assert "'model': the following arguments are required: backbone" in refused(

@@ -68,6 +68,18 @@ def test_a_step_is_the_mean_over_written_tokens_however_it_is_cut(options: dict[
     assert furthest(weights(module.backbone), expected) < 1e-6
 
 
+def test_a_step_does_not_remember_the_gradient_before() -> None:
+    """Two steps of one run are one step twice: plain gradient descent remembers nothing."""
+    batch = [SampleBatch(make_samples(2))]
+    together = SFTModule(make_backbone(), **UNCLIPPED)
+    fit(together, batch, max_steps=2)
+    backbone = make_backbone()
+    for _ in range(2):
+        fit(SFTModule(backbone, **UNCLIPPED), batch, max_steps=1)
+        backbone.zero_grad()
+    assert furthest(weights(together.backbone), weights(backbone)) < 1e-6
+
+
 def test_logged_parts_add_up_to_the_loss() -> None:
     module = SFTModule(make_backbone(), **UNCLIPPED, grounding_weight=0.25)
     (row,) = fit(module, [SampleBatch(make_samples(4))]).rows

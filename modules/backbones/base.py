@@ -91,8 +91,8 @@ class Backbone(nn.Module, ABC):
         return self.banned.device
 
     def tokenize(self, text: str) -> Tensor:
-        """(n,) ids of a text, without special tokens."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """(n,) ids of a text. What looks like a special token in it is text: data cannot forge a placeholder."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
 
     def detokenize(self, token_ids: Tensor) -> str:

@@ -18,7 +18,7 @@ def pack(
     *,
     image_token_id: int,
     pad_id: int,
-    share_prefix: bool = True,
+    row_tokens: int,
 ) -> TrajectoryBatch:
     """Lay trajectories out in rows ``[prefix, completion 1, completion 2, ...]``.
 
@@ -31,7 +31,9 @@ def pack(
         positions: (A, P_i + C_i) long each, of the whole sequence.
         image_token_id: the placeholder of visual tokens; never a sampled token.
         pad_id: fills rows up to the longest.
-        share_prefix: False gives every trajectory a row of its own.
+        row_tokens: a row that shares a prefix ends before it grows longer than this. Attention costs
+            the square of a row's length, so short sequences share only with a few others; 0 gives
+            every trajectory a row of its own.
 
     Raises:
         ValueError: if a trajectory's placeholders and visuals do not match, or temperatures are mixed.
@@ -43,9 +45,7 @@ def pack(
     row_of, column_of, targets, owners, log_probs, coordinates = [], [], [], [], [], []
     distinct: dict[int, int] = {}  # id of a visual -> its place in `visuals`
     visuals: list[Visual] = []
-    keys = [_prompt_key(t) if share_prefix else k for k, t in enumerate(trajectories)]
-    for row, (_, run) in enumerate(groupby(range(len(trajectories)), keys.__getitem__)):
-        members = list(run)
+    for row, members in enumerate(_rows(trajectories, row_tokens)):
         prefix = common_length([trajectories[k].prompt_ids for k in members])
         first = trajectories[members[0]]
         shown = _count_visuals(first, prefix, image_token_id)
@@ -108,6 +108,22 @@ def common_length(sequences: Sequence[Tensor]) -> int:
         differs = (first[:length] != other[:length]).nonzero()
         length = int(differs[0]) if len(differs) else length
     return length
+
+
+def _rows(trajectories: Sequence[Trajectory], row_tokens: int) -> list[list[int]]:
+    """Which trajectories share a row: neighbours with equal prompt keys, as many as fit."""
+    rows: list[list[int]] = []
+    keys = [_prompt_key(t) for t in trajectories]
+    for _, run in groupby(range(len(trajectories)), keys.__getitem__):
+        length = row_tokens + 1  # the first of a run begins a row
+        for k in run:
+            prompt, completion = len(trajectories[k].prompt_ids), len(trajectories[k].completion_ids)
+            if length + completion > row_tokens:
+                rows.append([])
+                length = prompt
+            rows[-1].append(k)
+            length += completion
+    return rows
 
 
 def _prompt_key(trajectory: Trajectory) -> tuple[object, ...]:

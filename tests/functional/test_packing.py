@@ -113,17 +113,17 @@ def assert_reads_like(batch: TrajectoryBatch, trajectories: list[Trajectory]) ->
     assert batch.num_trajectories == len(trajectories)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_every_predictor_sees_the_beginning_of_its_own_trajectory(share_prefix: bool) -> None:
+@pytest.mark.parametrize("row_tokens", [10_000, 0])
+def test_every_predictor_sees_the_beginning_of_its_own_trajectory(row_tokens: int) -> None:
     trajectories = family()
-    batch = pack(trajectories, positions(trajectories), **IDS, share_prefix=share_prefix)
-    assert batch.token_ids.shape[0] == (5 if share_prefix else 8)
+    batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=row_tokens)
+    assert batch.token_ids.shape[0] == (5 if row_tokens else 8)
     assert_reads_like(batch, trajectories)
 
 
 def test_rows_and_segments() -> None:
     trajectories = family()
-    batch = pack(trajectories, positions(trajectories), **IDS)
+    batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=10_000)
     runs = [row[row >= 0].unique_consecutive(return_counts=True) for row in batch.segment_ids]
     spans = [dict(zip(values.tolist(), counts.tolist(), strict=True)) for values, counts in runs]
     assert spans == [
@@ -137,7 +137,7 @@ def test_rows_and_segments() -> None:
 
 def test_alone_the_prompt_is_the_prefix() -> None:
     trajectories = family()
-    batch = pack(trajectories, positions(trajectories), **IDS, share_prefix=False)
+    batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=0)
     assert [int((row == 0).sum()) for row in batch.segment_ids] == [len(t.prompt_ids) for t in trajectories]
     assert batch.segment_ids.max() == 1
 
@@ -145,7 +145,7 @@ def test_alone_the_prompt_is_the_prefix() -> None:
 @pytest.mark.parametrize("pad", [PAD, IMAGE])
 def test_padding_is_neither_seen_nor_shown(pad: int) -> None:
     trajectories = family()
-    batch = pack(trajectories, positions(trajectories), image_token_id=IMAGE, pad_id=pad)
+    batch = pack(trajectories, positions(trajectories), image_token_id=IMAGE, pad_id=pad, row_tokens=10_000)
     padding = batch.segment_ids == -1
     assert padding.any()
     assert (batch.token_ids[padding] == pad).all()
@@ -157,8 +157,8 @@ def test_padding_is_neither_seen_nor_shown(pad: int) -> None:
 
 def test_visuals_are_kept_once_however_often_they_are_shown() -> None:
     trajectories = family()
-    shared = pack(trajectories, positions(trajectories), **IDS)
-    alone = pack(trajectories, positions(trajectories), **IDS, share_prefix=False)
+    shared = pack(trajectories, positions(trajectories), **IDS, row_tokens=10_000)
+    alone = pack(trajectories, positions(trajectories), **IDS, row_tokens=0)
     crops = 1 + 2 + 1
     for batch in (shared, alone):
         assert len(batch.visuals) == 2 + crops
@@ -172,7 +172,7 @@ def test_an_image_behind_the_question_belongs_to_each() -> None:
     """The common beginning ends before the image: each completion brings its own."""
     image = visual(3)
     trajectories = [trajectory(k, [5, 6 + k] + [IMAGE] * 3, 2, (image,), crops=(1,)) for k in range(2)]
-    batch = pack(trajectories, positions(trajectories), **IDS)
+    batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=10_000)
     assert batch.token_ids.shape[0] == 1
     assert (batch.segment_ids == 0).sum() == 1
     assert_reads_like(batch, trajectories)
@@ -180,7 +180,7 @@ def test_an_image_behind_the_question_belongs_to_each() -> None:
 
 def test_a_trajectory_without_a_word_counts_and_owns_nothing() -> None:
     trajectories = [trajectory(0, [5], 2), trajectory(1, [5], 0), trajectory(2, [5], 1)]
-    batch = pack(trajectories, positions(trajectories), **IDS)
+    batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=10_000)
     assert batch.num_trajectories == 3
     assert batch.owners.tolist() == [0, 0, 2]
     assert_reads_like(batch, trajectories)
@@ -188,7 +188,7 @@ def test_a_trajectory_without_a_word_counts_and_owns_nothing() -> None:
 
 def test_text_only() -> None:
     trajectories = family()[4:7]
-    batch = pack(trajectories, positions(trajectories), **IDS)
+    batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=10_000)
     assert batch.visuals == ()
     assert batch.visual_order.shape == (0,)
     assert batch.visual_order.dtype == torch.long
@@ -197,10 +197,10 @@ def test_text_only() -> None:
 
 def test_temperature_is_handed_on_and_not_mixed() -> None:
     same = [trajectory(k, [5], 1, temperature=0.7) for k in range(2)]
-    assert pack(same, positions(same), **IDS).temperature == 0.7
+    assert pack(same, positions(same), **IDS, row_tokens=10_000).temperature == 0.7
     mixed = [*same, trajectory(2, [5], 1, temperature=1.0)]
     with pytest.raises(ValueError, match=r"one temperature, but got \[0.7, 1.0\]"):
-        pack(mixed, positions(mixed), **IDS)
+        pack(mixed, positions(mixed), **IDS, row_tokens=10_000)
 
 
 @pytest.mark.parametrize("member", [0, 1])
@@ -209,4 +209,11 @@ def test_placeholders_that_do_not_match_are_refused(member: int) -> None:
     odd = trajectories[member]
     trajectories[member] = Trajectory(**{**vars(odd), "visuals": odd.visuals[:-1]})
     with pytest.raises(ValueError, match=rf"visuals of sample 's{member}', but got"):
-        pack(trajectories, positions(trajectories), **IDS)
+        pack(trajectories, positions(trajectories), **IDS, row_tokens=10_000)
+
+
+def test_a_row_takes_as_many_completions_as_fit() -> None:
+    trajectories = [trajectory(k, [1, 2, 3], 2) for k in range(5)]
+    for row_tokens, rows in ((0, 5), (7, 3), (8, 3), (9, 2), (13, 1)):  # 3 + 2n tokens a row of n
+        batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=row_tokens)
+        assert batch.token_ids.shape[0] == rows, row_tokens
