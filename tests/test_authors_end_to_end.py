@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from modules.sft import SFTModule
 from modules.trajectory import SampleBatch
 from tests.conftest import CARD_QUESTION, CARDS
 
-BASE = {
+BASE: dict[str, Any] = {
     "model": {
         "class_path": "SFTModule",
         "init_args": {
@@ -110,9 +111,11 @@ def test_warm_up_and_r_grpo_on_the_authors_files(
     spoil(authors_sft)
     spoil(authors_rgrpo)
     ranks = [card["rank"] for card in left_cards]
-    Path("base.yaml").write_text(yaml.safe_dump(BASE))
-    words = json.dumps(fragments(ranks))
-    fit = ["fit", "--config=base.yaml", f"--model.init_args.backbone.init_args.tokenizer.init_args.fragments={words}"]
+    config = deepcopy(BASE)
+    backbone = config["model"]["init_args"]["backbone"]["init_args"]
+    backbone["tokenizer"]["init_args"]["fragments"] = fragments(ranks)
+    Path("base.yaml").write_text(yaml.safe_dump(config))
+    fit = ["fit", "--config=base.yaml"]
 
     warm = cli([*fit, f"--data.train={authors_sft}", "--data.kind=sft", "--run_dir=sft"])
 
@@ -136,8 +139,9 @@ def test_warm_up_and_r_grpo_on_the_authors_files(
         assert trajectory.answer == rank
 
     r_grpo = [f"--data.train={authors_rgrpo}", "--data.kind=rgrpo", "--trainer.max_steps=2", "--run_dir=rgrpo"]
-    start = ["--model=RGRPOModule", "--model.init_args.init_from=sft/last.ckpt", "--model.init_args.freeze=[^vision]"]
-    cli([*fit, *start, *r_grpo])
+    start = {"class_path": "RGRPOModule", "init_args": {"init_from": "sft/last.ckpt", "freeze": ["^vision"]}}
+    Path("rgrpo.yaml").write_text(yaml.safe_dump({"model": start}))
+    cli([*fit, "--config=rgrpo.yaml", *r_grpo])
 
     events = curves(Path("rgrpo"))
     assert values(events, "data/skipped") == [BAD_ROWS] * 2
