@@ -38,17 +38,17 @@ class RolloutCallback(L.Callback):
     def __init__(
         self,
         engine: RolloutEngine | None = None,
-        sampler: GroupSampler | None = None,
+        sampler: GroupSampler = GroupSampler(),
         rewards: dict[str, Reward] | None = None,
-        decoding: Decoding | None = None,
+        decoding: Decoding = Decoding(),
         evaluations: dict[str, Decoding] | None = None,
         seed: int = 0,
     ) -> None:
         self.engine = engine or LocalEngine()
-        self.sampler = sampler or GroupSampler()
+        self.sampler = sampler
         self.rewards = rewards or {}
         check_gates(self.rewards)
-        self.decoding = decoding or Decoding()
+        self.decoding = decoding
         self.evaluations = evaluations or {"greedy": replace(self.decoding, temperature=0.0)}
         self.seed = seed
         self.iteration = 0

@@ -11,7 +11,6 @@ What YAML names is exported here.
 """
 
 from modules.backbones.base import Backbone
-from modules.backbones.fragments import FragmentVocabulary
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import GroupSampler, LocalEngine, RolloutEngine
 from modules.policy import PolicyModule
@@ -23,7 +22,6 @@ __all__ = [
     "Accuracy",
     "Backbone",
     "Format",
-    "FragmentVocabulary",
     "GroupSampler",
     "Length",
     "LocalEngine",

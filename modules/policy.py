@@ -67,7 +67,7 @@ class PolicyModule(L.LightningModule):
         self,
         backbone: Backbone,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
+        schedule: Schedule = Schedule(),
         freeze: Sequence[str] = (),
         init_from: str | None = None,
         clip_norm: float = 1.0,
@@ -79,7 +79,7 @@ class PolicyModule(L.LightningModule):
         self.automatic_optimization = False
         self.backbone = backbone
         self.optimizer = optimizer
-        self.schedule = schedule or Schedule()
+        self.schedule = schedule
         self.clip_norm = clip_norm
         self.micro_batch = micro_batch
         self.row_tokens = row_tokens

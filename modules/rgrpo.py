@@ -80,9 +80,9 @@ class RGRPOModule(PolicyModule):
         kwargs: see `PolicyModule`; ``init_from`` is the SFT checkpoint.
     """
 
-    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective = Objective(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.objective = objective or Objective()
+        self.objective = objective
         self.reference = ReferenceModule(self.backbone) if self.objective.needs_reference else None
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modules.backbones.fragments import FragmentVocabulary
-from modules.backbones.timm_lm import LanguageConfig, ScalerConfig, TimmLMBackbone, VisionConfig
+from modules.backbones.timm_lm import LanguageConfig, ScalerConfig, TimmLMBackbone, TokenizerConfig, VisionConfig
 from modules.functional.boxes import BoxSpace, fit_to_grid, from_original
 from modules.replay import Replayer
 from modules.scoring import collate, token_log_probs
@@ -65,7 +65,7 @@ def make_backbone(seed: int = 0, layers: int = 2, crop: ScalerConfig | None = No
                 "tie_word_embeddings": False,
             }
         ),
-        tokenizer=FragmentVocabulary(FRAGMENTS, coordinates=17, step=4),
+        tokenizer=TokenizerConfig(vocabulary=FragmentVocabulary(FRAGMENTS, coordinates=17, step=4)),
         image=ScalerConfig(size=(16, 16)),
         crop=crop or ScalerConfig(size=(16, 16)),
         **kwargs,  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ BASE: dict[str, Any] = {
                             "max_position_embeddings": 128,
                         }
                     },
-                    "tokenizer": {"class_path": "FragmentVocabulary", "init_args": {"coordinates": 51, "step": 20}},
+                    "tokenizer": {"vocabulary": {"coordinates": 51, "step": 20}},
                     "image": {"size": [16, 16]},
                     "crop": {"size": [16, 16]},
                 },
@@ -139,9 +139,14 @@ def test_warm_up_and_r_grpo_on_the_authors_files(
         assert trajectory.answer == rank
 
     r_grpo = [f"--data.train={authors_rgrpo}", "--data.kind=rgrpo", "--trainer.max_steps=2", "--run_dir=rgrpo"]
-    start = {"class_path": "RGRPOModule", "init_args": {"init_from": "sft/last.ckpt", "freeze": ["^vision"]}}
-    Path("rgrpo.yaml").write_text(yaml.safe_dump({"model": start}))
-    cli([*fit, "--config=rgrpo.yaml", *r_grpo])
+    config["model"]["class_path"] = "RGRPOModule"
+    config["model"]["init_args"] |= {
+        "init_from": "sft/last.ckpt",
+        "freeze": ["^vision"],
+        "objective": {"drop_zero_variance": False},  # so young a policy earns nothing: all groups would be dropped
+    }
+    Path("rgrpo.yaml").write_text(yaml.safe_dump(config))
+    cli(["fit", "--config=rgrpo.yaml", *r_grpo])
 
     events = curves(Path("rgrpo"))
     assert values(events, "data/skipped") == [BAD_ROWS] * 2

@@ -13,6 +13,7 @@ from modules.backbones.timm_lm import (
     LanguageConfig,
     ScalerConfig,
     TimmLMBackbone,
+    TokenizerConfig,
     VisionConfig,
     sincos_2d,
 )
@@ -210,7 +211,7 @@ def test_any_timm_encoder_gives_one_token_a_patch(name: str, size: int, tokens: 
                 "num_attention_heads": 2,
             }
         ),
-        FragmentVocabulary(FRAGMENTS),
+        TokenizerConfig(vocabulary=FragmentVocabulary(FRAGMENTS)),
         ScalerConfig(size=(size, size)),
         ScalerConfig(size=(size, size)),
         projector="mlp",
@@ -248,7 +249,7 @@ def test_a_language_model_and_its_tokenizer_are_loaded_from_a_folder(tmp_path_fa
     loaded = TimmLMBackbone(
         VisionConfig("vit_tiny_patch16_224", options={"img_size": 32}),
         LanguageConfig(name=folder),
-        folder,
+        TokenizerConfig(folder),
         ScalerConfig(size=(32, 32)),
         ScalerConfig(size=(32, 32)),
     )

@@ -63,6 +63,19 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class TokenizerConfig:
+    """A pretrained tokenizer, or one that is made of fragments.
+
+    Args:
+        name: hub name or local folder of a Hugging Face tokenizer; None: the vocabulary below.
+        vocabulary: of a policy that is trained from nothing.
+    """
+
+    name: str | None = None
+    vocabulary: FragmentVocabulary = field(default_factory=FragmentVocabulary)
+
+
+@dataclass(frozen=True)
 class ScalerConfig:
     """How an image or a crop is brought to the encoder's patch grid.
 
@@ -89,7 +102,7 @@ class TimmLMBackbone(Backbone):
     Args:
         vision: the encoder.
         language: the language model; it runs with PyTorch's scaled dot product attention.
-        tokenizer: a vocabulary of fragments, or the name or folder of a Hugging Face tokenizer.
+        tokenizer: its words.
         image: how whole images are scaled.
         crop: how crops are scaled.
         projector: from the encoder's width to the language model's.
@@ -105,7 +118,7 @@ class TimmLMBackbone(Backbone):
         self,
         vision: VisionConfig,
         language: LanguageConfig,
-        tokenizer: FragmentVocabulary | str,
+        tokenizer: TokenizerConfig,
         image: ScalerConfig,
         crop: ScalerConfig,
         projector: Literal["linear", "mlp"] = "linear",
@@ -116,13 +129,13 @@ class TimmLMBackbone(Backbone):
         super().__init__()
         self.instruction = instruction
         self.box_space = BoxSpace(box_space)
-        if isinstance(tokenizer, FragmentVocabulary):
-            self.tokenizer = fragment_tokenizer(tokenizer)
-            families = [self.tokenizer.convert_tokens_to_ids(f) for f in tokenizer.coordinate_tokens()]
+        if tokenizer.name is None:
+            self.tokenizer = fragment_tokenizer(tokenizer.vocabulary)
+            families = [self.tokenizer.convert_tokens_to_ids(f) for f in tokenizer.vocabulary.coordinate_tokens()]
             bins = torch.tensor(families) if families else None
-            self.bin_size = float(tokenizer.step)
+            self.bin_size = float(tokenizer.vocabulary.step)
         else:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer.name)
             self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)
             bins = None
         self.register_buffer("coordinate_bins", bins, persistent=False)
