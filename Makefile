@@ -11,6 +11,8 @@ help:
 	@echo "make test-slow            the tests that take longer than half a minute"
 	@echo "make format               format the code"
 
+# one thread: matrices this small gain nothing from a second one, and lose much where cores are shared
+quickstart: export OMP_NUM_THREADS ?= 1
 quickstart: .venv/run
 	$(BIN)/python train.py pipeline --config configs/quickstart/pipeline.yaml --seed $(SEED)
 

@@ -17,7 +17,7 @@ TRAIN_NAMES = {  # metric -> its name on the bar, in this order
     "train/zoom_rate": "zoom",
     "train/trajectories_per_second": "traj/s",
 }
-VAL_NAMES = {"val/accuracy": "acc", "val/zoom_rate": "zoom", "val/loss": "loss"}
+VAL_NAMES = {"val/accuracy": "acc", "val/zoom_rate": "zoom"}
 
 
 class RunProgressBar(TQDMProgressBar):

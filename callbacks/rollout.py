@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from modules.engine import Decoding, GroupSampler, LocalEngine, Request, RolloutEngine
-from modules.metrics import mean, measure
-from modules.policy import PolicyModule
+from modules.metrics import MEASURED, Tally, measure
+from modules.policy import PolicyError, PolicyModule
 from modules.rewards import Reward, check_gates, score
 from modules.rgrpo import RGRPOModule
-from modules.trajectory import Group, Sample, SampleBatch, Trajectory
+from modules.trajectory import Group, Sample, SampleBatch, StopReason, Trajectory
 
 
 class RolloutCallback(L.Callback):
@@ -53,6 +53,7 @@ class RolloutCallback(L.Callback):
         self.seed = seed
         self.iteration = 0
         self._predictions: TextIO | None = None
+        self._tallies: dict[str, Tally] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The seed of the next rollout depends on the iteration."""
@@ -62,16 +63,23 @@ class RolloutCallback(L.Callback):
         """See `state_dict`."""
         self.iteration = state_dict["iteration"]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """R-GRPO learns from rewards only."""
+        if isinstance(pl_module, RGRPOModule) and not any(reward.weight for reward in self.rewards.values()):
+            raise PolicyError("Expected `rollout.rewards` to hold a reward with a weight, for R-GRPO learns from them.")
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, batch_idx: int
     ) -> None:
         """Roll out, judge and compare the groups of this iteration."""
-        if not isinstance(pl_module, RGRPOModule) or not batch.samples:
+        if not isinstance(pl_module, RGRPOModule):
             return
         seed = (self.seed * 1_000_003 + self.iteration) * trainer.world_size + trainer.global_rank
+        self.iteration += 1  # on every rank alike, whatever it has: checkpoints hold one rank's count
+        if not batch.samples:
+            return
         requests = self.sampler.requests(batch.samples, seed)
         trajectories = self._rollout(trainer, pl_module, requests, self.decoding)
-        self.iteration += 1
         components, totals = score(self.rewards, trajectories)
         size = self.sampler.size
         for n, sample in enumerate(batch.samples):
@@ -87,11 +95,27 @@ class RolloutCallback(L.Callback):
             )
         pl_module.log_now(lambda: training_metrics(batch.groups), len(trajectories))
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count."""
+        self._begin()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the means."""
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count."""
+        self._begin()
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the means."""
+        self._log(trainer, pl_module, "test")
+
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, *_: Any
     ) -> None:
         """Measure the policy."""
-        self._evaluate(trainer, pl_module, batch, "val")
+        self._evaluate(trainer, pl_module, batch)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Predictions are saved as they come."""
@@ -101,7 +125,7 @@ class RolloutCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, *_: Any
     ) -> None:
         """Measure the policy and save what it wrote."""
-        self._evaluate(trainer, pl_module, batch, "test")
+        self._evaluate(trainer, pl_module, batch)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the file of predictions."""
@@ -109,13 +133,14 @@ class RolloutCallback(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Predictions are saved as they come."""
+        self._tallies = {}
         self._open(trainer)
 
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, *_: Any
     ) -> None:
         """Write trajectories for questions without answers."""
-        self._evaluate(trainer, pl_module, batch, None)
+        self._evaluate(trainer, pl_module, batch)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the file of predictions."""
@@ -129,16 +154,26 @@ class RolloutCallback(L.Callback):
         with trainer.precision_plugin.forward_context():
             return self.engine.rollout(pl_module.backbone, requests, decoding)
 
-    def _evaluate(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, stage: str | None
-    ) -> None:
+    def _begin(self) -> None:
+        self._tallies = {mode: Tally([*MEASURED, *map(curve, self.rewards)]) for mode in self.evaluations}
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for mode, tally in self._tallies.items():
+            prefix = stage if mode == "greedy" else f"{stage}/{mode}"
+            # one reduction, of the same names on every rank
+            means = tally.means(lambda sums: trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum"))
+            pl_module.log_dict({f"{prefix}/{name}": value for name, value in means.items()})
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch) -> None:
         if not batch.samples:
             return
         for mode, decoding in self.evaluations.items():
             # the same noise for a question in every evaluation, whatever batch it comes in
             requests = [Request(s, _stable_seed(s, self.seed)) for s in batch.samples]
             trajectories = self._rollout(trainer, pl_module, requests, decoding)
-            components, totals = score(self.rewards, trajectories) if stage else ({}, torch.zeros(len(trajectories)))
+            components, totals = score(
+                self.rewards if self._tallies else {}, trajectories
+            )  # predictions are not judged
             batch.evaluations[mode] = [
                 Group(
                     sample=t.sample,
@@ -149,12 +184,8 @@ class RolloutCallback(L.Callback):
                 )
                 for k, t in enumerate(trajectories)
             ]
-            if stage is not None:
-                prefix = stage if mode == "greedy" else f"{stage}/{mode}"
-                for name, (value, count) in evaluation_metrics(batch.evaluations[mode]).items():
-                    pl_module.log(
-                        f"{prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=count, sync_dist=True
-                    )
+            if mode in self._tallies:  # not in prediction
+                self._tallies[mode].add(map(numbers, batch.evaluations[mode]))
             if self._predictions is not None:
                 for group in batch.evaluations[mode]:
                     self._predictions.write(json.dumps(prediction(mode, group)) + "\n")
@@ -175,9 +206,8 @@ class RolloutCallback(L.Callback):
 def training_metrics(groups: list[Group]) -> dict[str, Tensor | float]:
     """Everything worth a curve about the groups of one iteration."""
     trajectories = [t for g in groups for t in g.trajectories]
-    metrics: dict[str, Tensor | float] = {
-        f"train/{name}": value for name, (value, _) in mean([measure(t) for t in trajectories]).items()
-    }
+    means = Tally(MEASURED).add(map(measure, trajectories)).means()
+    metrics: dict[str, Tensor | float] = {f"train/{name}": value for name, value in means.items()}
     for name in groups[0].rewards:
         values = torch.cat([g.rewards[name] for g in groups])
         metrics[f"train/reward/{name}"] = float(values.nanmean())
@@ -185,29 +215,32 @@ def training_metrics(groups: list[Group]) -> dict[str, Tensor | float]:
     advantages = torch.stack([g.advantages for g in groups])
     metrics["train/reward/total"] = float(totals.nanmean())
     metrics["train/reward/failed"] = float(totals.isnan().float().mean())
-    metrics["train/reward/group_std"] = float(totals.std(-1).nanmean()) if totals.shape[1] > 1 else 0.0
+    spreads = [t[~t.isnan()].std() for t in totals if int((~t.isnan()).sum()) > 1]
+    metrics["train/reward/group_std"] = float(torch.stack(spreads).mean()) if spreads else 0.0
+    for reason in StopReason:
+        metrics[f"train/stop/{reason.value}"] = sum(t.stop is reason for t in trajectories) / len(trajectories)
     metrics["train/advantage/mean"] = float(advantages.mean())
     metrics["train/advantage/std"] = float(advantages.std()) if advantages.numel() > 1 else 0.0
     metrics["train/advantage/zero_groups"] = float((advantages == 0).all(-1).float().mean())
     return metrics
 
 
-def evaluation_metrics(groups: list[Group]) -> dict[str, tuple[float, int]]:
-    """Mean and count by name: accuracy, the other components, and what is measured of the trajectories."""
-    rows = []
-    for group in groups:
-        row = measure(group.trajectories[0])
-        for name, value in group.rewards.items():
-            row["accuracy" if name == "accuracy" else f"reward/{name}"] = float(value[0])
-        rows.append(row)
-    return mean(rows)
+def curve(reward: str) -> str:
+    """The name of a component's curve in evaluation, below ``val/`` or ``test/``."""
+    return "accuracy" if reward == "accuracy" else f"reward/{reward}"
+
+
+def numbers(group: Group) -> dict[str, float]:
+    """What is counted of one evaluated trajectory: the components, and what `measure` tells."""
+    rewards = {curve(name): float(value[0]) for name, value in group.rewards.items()}
+    return {**measure(group.trajectories[0]), **rewards}
 
 
 def prediction(mode: str, group: Group) -> dict[str, Any]:
     """One line of ``predictions.jsonl``."""
     trajectory = group.trajectories[0]
     sample: Sample = trajectory.sample
-    numbers = measure(trajectory)
+    measured = measure(trajectory)
     line: dict[str, Any] = {
         "id": sample.id,
         "image_id": str(sample.meta.get("image_id", sample.id)),
@@ -217,8 +250,8 @@ def prediction(mode: str, group: Group) -> dict[str, Any]:
         "answer": trajectory.answer,
         "text": trajectory.text,
         "boxes": [list(region.box) for region in trajectory.regions],
-        "crops": int(numbers["crops"]),
-        "iou": None if math.isnan(numbers["iou"]) else numbers["iou"],
+        "crops": int(measured["crops"]),
+        "iou": None if math.isnan(measured["iou"]) else measured["iou"],
         "stop": trajectory.stop.value,
     }
     rewards = {name: float(value[0]) for name, value in group.rewards.items()}

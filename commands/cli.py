@@ -29,7 +29,7 @@ import modules  # noqa: F401
 from callbacks.rollout import RolloutCallback
 from callbacks.throughput import Throughput
 from commands.suggest import Parser
-from modules.policy import PolicyModule
+from modules.policy import PolicyError, PolicyModule
 
 FALSE_ALARMS = (
     r"LightningCLI's args parameter is intended",  # a pipeline runs several stages in one process, on purpose
@@ -117,7 +117,8 @@ def cli(args: Sequence[str] | None = None) -> CLI:
     with without_false_alarms():
         try:
             return CLI(args)
-        except datamodules.DataError as error:  # one sentence for the user; where it was raised says nothing more
+        except (datamodules.DataError, PolicyError) as error:
+            # one sentence for the user; where it was raised says nothing more
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

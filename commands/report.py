@@ -173,7 +173,7 @@ def read_predictions(folder: Path, mode: str) -> list[Prediction]:
     modes: set[str] = set()
     for where, line in (each for file in files for each in lines(file)):
         modes.add(line["mode"])
-        if line["mode"] != mode:
+        if line["mode"] != mode or "correct" not in line:  # without it: the judgement failed
             continue
         if line["correct"] not in (0, 1):
             raise ReportError(f"{where}: expected `correct` to be 0 or 1, but got {line['correct']!r}.")
@@ -197,7 +197,7 @@ def lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             line = json.loads(text)
         except json.JSONDecodeError as error:
             raise ReportError(f"{where}: not valid JSON: {error}.") from error
-        if missing := [key for key in ("id", "image_id", "mode", "correct", "iou", "crops") if key not in line]:
+        if missing := [key for key in ("id", "image_id", "mode", "iou", "crops") if key not in line]:
             raise ReportError(f"{where}: lacks {', '.join(missing)}.")
         yield where, line
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modules.backbones.base import Backbone
 from modules.backbones.cache import RaggedCache
 from modules.environment import REFUSALS, Done, Look, Refuse, respond
-from modules.functional.grammar import last_answer, may_end_turn
+from modules.functional.grammar import last_answer
 from modules.functional.sampling import UniformStream, sample_tokens
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Turn, Visual
 
@@ -30,8 +30,8 @@ class Decoding:
     Args:
         temperature: 0 is greedy.
         top_p: the smallest set of tokens with this much probability is sampled from.
-        max_turns: how many times the policy may write; METHOD: 8 (12 in one evaluation).
-        max_turn_tokens: new tokens a turn; METHOD: 2,048.
+        max_turns: how many times the policy may write (VLM-R3's published code: 8, 12 in one evaluation).
+        max_turn_tokens: new tokens a turn (there: 2,048).
         crops: what is shown behind a valid box: the crop, or a grey one of its size (an audit).
     """
 
@@ -84,8 +84,8 @@ class LocalEngine(RolloutEngine):
         backbone.eval()
         try:
             trajectories: list[Trajectory] = []
-            for start in range(0, len(requests), self.max_batch):
-                trajectories += _Flight(backbone, requests[start : start + self.max_batch], decoding).run()
+            for wave in waves(requests, self.max_batch):
+                trajectories += _Flight(backbone, wave, decoding).run()
             return trajectories
         finally:
             backbone.train(was_training)
@@ -114,7 +114,6 @@ class _Flight:
     def __init__(self, backbone: Backbone, requests: Sequence[Request], decoding: Decoding) -> None:
         self.backbone, self.decoding = backbone, decoding
         self.device = backbone.device
-        self.ending = ending_tokens(backbone).to(self.device)
         self.cache = RaggedCache()
         self.rows, self.hidden = self._prefill(requests)
         n = len(requests)
@@ -122,7 +121,7 @@ class _Flight:
         self.lengths = torch.zeros(n, dtype=torch.long, device=self.device)  # of the completions
         self.tokens = torch.zeros(n, 64, dtype=torch.long, device=self.device)
         self.sampled = torch.zeros(n, 64, dtype=torch.bool, device=self.device)
-        self.log_probs = torch.zeros(n, 64, device=self.device)
+        self.log_probs = torch.zeros(n, 64, dtype=torch.float32, device=self.device)
 
     def run(self) -> list[Trajectory]:
         """Write until every trajectory has ended."""
@@ -214,7 +213,7 @@ class _Flight:
         full = (written >= self.decoding.max_turn_tokens) | (self.lengths[self.active] >= room.to(self.device))
         looks: dict[int, Region] = {}
         refusals: dict[int, str] = {}
-        for b in (self.ending[ids] | full).nonzero()[:, 0].tolist():
+        for b in (self.backbone.ending_tokens[ids] | full).nonzero()[:, 0].tolist():
             k = int(self.active[b])
             row = self.rows[k]
             text = self._turn_text(k)
@@ -318,7 +317,7 @@ class _Flight:
             completion_ids=self.tokens[k, :length].cpu(),
             sampled=self.sampled[k, :length].cpu(),
             log_probs=self.log_probs[k, :length].cpu(),
-            coordinates=torch.full((length,), torch.nan),
+            coordinates=torch.full((length,), torch.nan, dtype=torch.float32),
             visuals=tuple(row.visuals),
             turns=tuple(row.turns),
             stop=row.stop,
@@ -335,13 +334,19 @@ def see_images(backbone: Backbone, samples: Sequence[Sample]) -> list[tuple[Visu
     return [tuple(visuals[id(image)] for image in sample.images) for sample in samples]
 
 
-def ending_tokens(backbone: Backbone) -> Tensor:
-    """(V,) bool: tokens behind which a turn may have ended; the text is parsed only there."""
-    ending = torch.zeros(len(backbone.banned), dtype=torch.bool)
-    texts = backbone.tokenizer.batch_decode([[k] for k in range(len(backbone.tokenizer))])
-    ending[: len(texts)] = torch.tensor([may_end_turn(text) for text in texts])
-    ending[sorted(backbone.eos_ids)] = True
-    return ending
+def waves(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
+    """Cut requests into runs of at most ``size``, between questions wherever one question's requests fit."""
+    runs: list[Sequence[Request]] = []
+    start = 0
+    while start < len(requests):
+        stop = min(start + size, len(requests))
+        cut = stop
+        while start < cut < len(requests) and requests[cut].sample is requests[cut - 1].sample:
+            cut -= 1
+        stop = cut if cut > start else stop
+        runs.append(requests[start:stop])
+        start = stop
+    return runs
 
 
 @dataclass(frozen=True)
@@ -349,7 +354,7 @@ class GroupSampler:
     """Repeats every question G times and gives each repeat a seed of its own.
 
     Args:
-        size: G. METHOD: 5.
+        size: G (VLM-R3: 5).
     """
 
     size: int = 5

@@ -1,6 +1,6 @@
 """What happens when the policy stops writing: it is shown a crop, told why not, or is done.
 
-Pure decisions on text and numbers (METHOD: the interaction). The engine and the replay of written
+Pure decisions on text and numbers (arXiv 2505.16192, the interactive loop). The engine and the replay of written
 rationales both ask here, so that warm-up, R-GRPO and evaluation know one environment.
 """
 

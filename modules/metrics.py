@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from modules.functional.boxes import iou
 from modules.trajectory import Region, Trajectory
+
+MEASURED = ("zoom_rate", "crops", "crop_area", "whole_image", "faults", "turns", "tokens", "truncated", "iou")
 
 
 def measure(trajectory: Trajectory) -> dict[str, float]:
@@ -46,14 +50,34 @@ def last_iou(shown: list[Region], annotated: tuple[Region, ...]) -> float:
     return float(iou(looked, torch.tensor(same, dtype=torch.float32)).max())
 
 
-def mean(values: list[dict[str, float]]) -> dict[str, tuple[float, int]]:
-    """Mean over what is not NaN, and how many those are, by name; names without any are left out."""
-    result = {}
-    for name in values[0] if values else ():
-        known = [v[name] for v in values if not math.isnan(v[name])]
-        if known:
-            result[name] = (sum(known) / len(known), len(known))
-    return result
+class Tally:
+    """Means over everything that was counted, on all ranks; NaN is not counted.
+
+    Names are fixed from the start, so that ranks with nothing to count have as much to add up as the others.
+
+    Args:
+        names: of the numbers.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self.sums = torch.zeros(2, len(self.names), dtype=torch.float32)  # values, counts
+
+    def add(self, rows: Iterable[Mapping[str, float]]) -> Tally:
+        """Count rows of numbers by name."""
+        table = torch.tensor([[row[name] for name in self.names] for row in rows], dtype=torch.float32)
+        if len(table):
+            self.sums += torch.stack([table.nansum(0), (~table.isnan()).sum(0)])
+        return self
+
+    def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """By name; names that were never counted are left out.
+
+        Args:
+            reduce: adds up (2, N) sums over ranks.
+        """
+        values, counts = reduce(self.sums).tolist()
+        return {name: v / n for name, v, n in zip(self.names, values, counts, strict=True) if n}
 
 
 def _share(trajectory: Trajectory, region: Region) -> float:

@@ -22,7 +22,12 @@ from modules.backbones.base import Backbone
 from modules.trajectory import SampleBatch
 
 M = TypeVar("M")
+PATIENCE = 200  # so many batches in a row may pass without an optimizer step
 logger = logging.getLogger(__name__)
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be trained as it is configured; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,8 @@ class PolicyModule(L.LightningModule):
         head_chunk: sampled tokens whose logits exist at a time.
 
     Raises:
-        ValueError: if a pattern of ``freeze`` matches nothing, everything is frozen, or the
-            checkpoint's weights are not this backbone's.
-        FileNotFoundError: if ``init_from`` is not there.
+        PolicyError: if a pattern of ``freeze`` matches nothing, everything is frozen, or
+            ``init_from`` is not there or does not hold this backbone's weights.
     """
 
     def __init__(
@@ -85,9 +89,10 @@ class PolicyModule(L.LightningModule):
         self.row_tokens = row_tokens
         self.head_chunk = head_chunk
         self.learning_rate = 0.0  # of the latest step
+        self.idle = 0  # batches in a row without an optimizer step
         self.refused: dict[str, None] = {}  # an ordered set of "id: why"
         if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"Expected `micro_batch` to be at least 1, but got {micro_batch}.")
+            raise PolicyError(f"Expected `micro_batch` to be at least 1, but got {micro_batch}.")
         if init_from is not None:
             load_policy(backbone, init_from)
         freeze_matching(backbone, freeze)
@@ -95,6 +100,8 @@ class PolicyModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains, and its schedule, stepped by `update`."""
         optimizer = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
+        if self.trainer.estimated_stepping_batches == float("inf"):
+            raise PolicyError("Expected `trainer.max_steps` or `trainer.max_epochs` to say how long training is.")
         steps = int(self.trainer.estimated_stepping_batches) * self.steps_per_batch  # Lightning counts one a batch
         if self.trainer.max_steps > 0:
             steps = min(steps, self.trainer.max_steps)
@@ -130,22 +137,24 @@ class PolicyModule(L.LightningModule):
         world = self.trainer.world_size
         total = self._sum_over_ranks(count)
         if total == 0:
+            self._wait()
             return {}
+        self.idle = 0
         optimizer.zero_grad()
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.device)}
         for k, micro_batch in enumerate(micro_batches):
             last = k == len(micro_batches) - 1
             with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                 loss_sum, more = loss(micro_batch)
+                if last and world > 1:
+                    loss_sum = loss_sum + self._nothing()
                 # data-parallel strategies average gradients over ranks: undone here, the sum is divided once
                 self.manual_backward(loss_sum * (world / total))
             sums["loss"] += loss_sum.detach() / total
             for name, value in more.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
         if not micro_batches:
-            self.manual_backward(
-                torch.stack([0.0 * p.sum() for p in self.backbone.parameters() if p.requires_grad]).sum()
-            )
+            self.manual_backward(self._nothing())
         trained = [p for p in self.backbone.parameters() if p.requires_grad]
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
@@ -155,6 +164,20 @@ class PolicyModule(L.LightningModule):
         assert not isinstance(scheduler, list)
         scheduler.step()
         return sums
+
+    def _nothing(self) -> Tensor:
+        """Zero, with a gradient for every parameter: data-parallel ranks wait for each, also for those of the
+        parts that this rank did not need, such as the crops' where nobody zoomed."""
+        return torch.stack([0.0 * p.sum() for p in self.backbone.parameters() if p.requires_grad]).sum()
+
+    def _wait(self) -> None:
+        """Steps end a run; one that never steps would never end."""
+        self.idle += 1
+        if self.idle >= PATIENCE:
+            raise PolicyError(
+                f"{PATIENCE} batches in a row had nothing to learn from: every sample was skipped, or (R-GRPO) the "
+                "rewards of every group were all the same. Look at `data/skipped` and `train/reward/*`."
+            )
 
     def _sum_over_ranks(self, count: float) -> float:
         if self.trainer.world_size == 1:
@@ -191,18 +214,18 @@ class PolicyModule(L.LightningModule):
 def load_policy(backbone: Backbone, path: str) -> None:
     """Load the policy's weights out of a training checkpoint."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"Expected `init_from` to be a checkpoint, but there is no file {path!r}.")
+        raise PolicyError(f"Expected `init_from` to be a checkpoint, but there is no file {path!r}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (KeyError, UnpicklingError) as error:
-        raise ValueError(
+    except (KeyError, TypeError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise PolicyError(
             f"Expected `init_from` {path!r} to be a training checkpoint, but reading it fails: {error!r}."
         ) from error
     own = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     expected = backbone.state_dict()
     wrong = sorted(set(own) ^ set(expected)) or sorted(k for k in own if own[k].shape != expected[k].shape)
     if wrong:
-        raise ValueError(
+        raise PolicyError(
             f"Expected `init_from` {path!r} to hold the weights of this backbone, but {len(wrong)} tensors are "
             f"missing, unknown or of another shape, {wrong[0]!r} first."
         )
@@ -215,8 +238,8 @@ def freeze_matching(backbone: Backbone, patterns: Sequence[str]) -> None:
         matched = [p for name, p in backbone.named_parameters() if re.search(pattern, name)]
         if not matched:
             names = sorted({name.split(".")[0] for name, _ in backbone.named_parameters()})
-            raise ValueError(f"Expected `freeze` {pattern!r} to match a parameter, but names begin with {names}.")
+            raise PolicyError(f"Expected `freeze` {pattern!r} to match a parameter, but names begin with {names}.")
         for parameter in matched:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in backbone.parameters()):
-        raise ValueError(f"Expected `freeze` to leave something to train, but {list(patterns)} match everything.")
+        raise PolicyError(f"Expected `freeze` to leave something to train, but {list(patterns)} match everything.")

@@ -90,7 +90,7 @@ def _script(backbone: Backbone, sample: Sample, seen: Sequence[Visual]) -> _Scri
         turns.append(Turn(text, length, length + len(own), region=region))
         ids += [own, shown]
         sampled += [torch.ones(len(own), dtype=torch.bool), torch.zeros(len(shown), dtype=torch.bool)]
-        coordinates += [own_coordinates, torch.full((len(shown),), torch.nan)]
+        coordinates += [own_coordinates, torch.full((len(shown),), torch.nan, dtype=torch.float32)]
         length += len(own) + len(shown)
     prompt_ids = backbone.prompt_ids(sample, seen)
     if len(prompt_ids) + length > backbone.context_length:
@@ -117,7 +117,7 @@ def _play(sample: Sample, seen: Sequence[Visual], script: _Script, crops: Sequen
         prompt_ids=script.prompt_ids,
         completion_ids=script.completion_ids,
         sampled=script.sampled,
-        log_probs=torch.zeros(len(script.sampled)),
+        log_probs=torch.zeros(len(script.sampled), dtype=torch.float32),
         coordinates=script.coordinates,
         visuals=(*seen, *crops),
         turns=turns,

@@ -33,11 +33,13 @@ class Reward(ABC):
 
 
 class Accuracy(Reward):
-    """1 if the last answer matches one of the sample's answers, else 0 (METHOD: both presets)."""
+    """1 if the last answer matches one of the sample's answers, else 0; NaN where none is known."""
 
     def __call__(self, trajectory: Trajectory) -> float:
         """See `Reward`."""
         sample = trajectory.sample
+        if not sample.answers:
+            return math.nan  # unknown is not wrong
         return float(trajectory.answer is not None and matches(trajectory.answer, sample.answers, sample.choices))
 
 
@@ -94,8 +96,8 @@ class Length(Reward):
     """Pays for characters of reasoning, up to a cap.
 
     Args:
-        per_character: METHOD: 0.001 (paper), 0.01 (code).
-        cap: METHOD: 0.25 (paper), 0.10 (code).
+        per_character: 0.001 in the paper, 0.01 in the authors' code.
+        cap: 0.25 in the paper, 0.10 in the authors' code.
         of: ``text``: all that was written (paper); ``shortest_segment``: the shortest piece of text
             between boxes (code).
         weight: see `Reward`.
@@ -120,9 +122,16 @@ class Length(Reward):
         return min(self.per_character * min(map(len, segments), default=0), self.cap)
 
 
+RESERVED = frozenset({"total", "failed", "group_std"})  # curves beside those of the components
+
+
 def check_gates(rewards: Mapping[str, Reward]) -> None:
     """Raise ValueError if a component requires one that is not there."""
     for name, reward in rewards.items():
+        if name in RESERVED:
+            raise ValueError(
+                f"Expected `rewards` to have names of their own, but got {name!r}, which names a statistic."
+            )
         if reward.requires is not None and reward.requires not in rewards:
             raise ValueError(
                 f"Expected `rewards.{name}.requires` to be one of {sorted(rewards)}, but got {reward.requires!r}."

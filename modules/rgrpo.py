@@ -20,7 +20,7 @@ from modules.trajectory import Group, SampleBatch, TrajectoryBatch
 
 @dataclass(frozen=True)
 class Objective:
-    """What is optimised (METHOD: R-GRPO).
+    """What is optimised (arXiv 2505.16192; the choices are those of GRPO and its successors).
 
     Args:
         scale_by_std: divide advantages by the standard deviation of their group.
@@ -33,6 +33,9 @@ class Objective:
         normalisation: the loss is a mean over sequences, over tokens, or a sum over a constant.
         constant: with ``normalisation: constant``, tokens that a trajectory counts for.
         drop_zero_variance: leave out groups whose rewards are all the same.
+        min_spread: rewards that span no more than this count as the same; above the length reward's cap, ties in
+            accuracy do not become full-size advantages.
+        mask_truncated: trajectories that a limit ended carry no loss.
         inner_epochs: passes over the trajectories of an iteration.
         mini_batches: optimizer steps in each pass.
     """
@@ -47,6 +50,8 @@ class Objective:
     normalisation: Normalisation = "sequence"
     constant: int | None = None
     drop_zero_variance: bool = True
+    min_spread: float = 1e-6
+    mask_truncated: bool = False
     inner_epochs: int = 1
     mini_batches: int = 1
 
@@ -96,7 +101,10 @@ class RGRPOModule(PolicyModule):
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
         """All optimizer steps of one iteration."""
-        groups = [g for g in batch.groups if not (self.objective.drop_zero_variance and bool(zero_variance(g.totals)))]
+        self.backbone.eval()  # dropout would make the learner's distribution another one than the sampler's
+        groups = batch.groups
+        if self.objective.drop_zero_variance:
+            groups = [g for g in groups if not bool(zero_variance(g.totals, self.objective.min_spread))]
         steps = [self._parts(mini) for mini in split(groups, self.objective.mini_batches)]
         history = [
             self.update(parts, self._loss, sum(part.count for part in parts))
@@ -104,7 +112,7 @@ class RGRPOModule(PolicyModule):
             for parts in steps
         ]
         self.log_now(lambda: self._metrics([h for h in history if "tokens" in h]), len(batch.groups))
-        return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for g in groups for t in g.trajectories)}
+        return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for g in batch.groups for t in g.trajectories)}
 
     def _parts(self, groups: Sequence[Group]) -> list[_Part]:
         trajectories = [t for g in groups for t in g.trajectories]
@@ -113,8 +121,13 @@ class RGRPOModule(PolicyModule):
         parts = []
         for start in range(0, len(trajectories), size):
             batch = collate(self.backbone, trajectories[start : start + size], self.row_tokens)
+            whole = torch.tensor([not t.stop.truncated for t in trajectories[start : start + size]])
             weights, count = token_weights(
-                batch.owners, batch.num_trajectories, self.objective.normalisation, self.objective.constant
+                batch.owners,
+                batch.num_trajectories,
+                self.objective.normalisation,
+                self.objective.constant,
+                include=whole.to(batch.owners.device) if self.objective.mask_truncated else None,
             )
             per_token = advantages[start : start + size].to(batch.owners.device)[batch.owners]
             reference = self.reference(batch, self.head_chunk) if self.reference is not None else None

@@ -20,7 +20,7 @@ def collate(backbone: Backbone, trajectories: Sequence[Trajectory], row_tokens: 
         trajectories,
         positions,
         image_token_id=backbone.image_token_id,
-        pad_id=backbone.tokenizer.pad_token_id,
+        pad_id=backbone.tokenizer.pad_token_id or 0,  # padding is masked, any id does
         row_tokens=row_tokens,
     )
     return batch.to(backbone.device)

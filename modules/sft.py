@@ -15,7 +15,7 @@ from modules.trajectory import SampleBatch, TrajectoryBatch
 
 
 class SFTModule(PolicyModule):
-    """Cross-entropy on everything that the teacher wrote, none on prompt and crops (METHOD: SFT).
+    """Cross-entropy on everything that the teacher wrote, none on prompt and crops (arXiv 2505.16192, the warm-up).
 
     Args:
         sigma: width, in bins, of the soft targets of coordinate tokens; None: plain cross-entropy.

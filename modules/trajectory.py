@@ -45,7 +45,7 @@ class Sample:
     question: str
     images: tuple[Tensor, ...] = ()  # each (3, H, W) uint8
     answers: tuple[str, ...] = ()  # alternatives, each of them right; empty when unknown
-    source: str = ""  # data set; decides how answers are compared
+    source: str = ""  # the data set that it comes from
     choices: tuple[str, ...] = ()  # the options of a multiple-choice question
     regions: tuple[Region, ...] = ()  # annotated evidence, for measuring and for grounding rewards
     rationale: tuple[Step, ...] = ()  # a written trajectory, for supervised warm-up

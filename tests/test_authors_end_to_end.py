@@ -113,7 +113,7 @@ def test_warm_up_and_r_grpo_on_the_authors_files(
     ranks = [card["rank"] for card in left_cards]
     config = deepcopy(BASE)
     backbone = config["model"]["init_args"]["backbone"]["init_args"]
-    backbone["tokenizer"]["init_args"]["fragments"] = fragments(ranks)
+    backbone["tokenizer"]["vocabulary"]["fragments"] = fragments(ranks)
     Path("base.yaml").write_text(yaml.safe_dump(config))
     fit = ["fit", "--config=base.yaml"]
 

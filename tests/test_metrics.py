@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from modules.metrics import last_iou, mean, measure
+from modules.metrics import Tally, last_iou, measure
 from modules.trajectory import Box, Region, Sample, StopReason, Trajectory, Turn, Visual
 
 CROP = Visual(torch.zeros(3, 8, 8), 1, "crop")
@@ -88,5 +88,9 @@ def test_last_iou() -> None:
 
 def test_means_are_over_what_is_known() -> None:
     rows = [{"a": 1.0, "b": math.nan, "c": math.nan}, {"a": 2.0, "b": 5.0, "c": math.nan}]
-    assert mean(rows) == {"a": (1.5, 2), "b": (5.0, 1)}
-    assert mean([]) == {}
+    tally = Tally("abc").add(rows)
+    assert tally.means() == {"a": 1.5, "b": 5.0}
+    assert tally.add(rows[:1]).means() == {"a": pytest.approx(4 / 3), "b": 5.0}
+    assert Tally("ab").add([]).means() == {}
+    # two ranks, one of them with nothing to count
+    assert tally.means(lambda sums: sums + Tally("abc").sums) == tally.means()

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modules.backbones.timm_lm import TimmLMBackbone
-from modules.policy import Schedule
+from modules.policy import PolicyError, Schedule
 from modules.replay import Replayer
 from modules.sft import SFTModule
 from modules.trajectory import SampleBatch
@@ -207,7 +207,7 @@ def test_init_from_something_else_is_refused(tmp_path: Path) -> None:
     wider.projector = torch.nn.Linear(20, 32)
     with pytest.raises(ValueError, match=r"1 tensors are missing, unknown or of another shape, 'projector.weight'"):
         SFTModule(wider, init_from=path)
-    with pytest.raises(FileNotFoundError, match=r"there is no file 'none\.ckpt'"):
+    with pytest.raises(PolicyError, match=r"there is no file 'none\.ckpt'"):
         SFTModule(make_backbone(), init_from="none.ckpt")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from modules.backbones.cache import RaggedCache
 from modules.crop import CropAndScale
 from modules.functional.boxes import BoxSpace, from_original
-from modules.functional.grammar import format_box
+from modules.functional.grammar import format_box, may_end_turn
 from modules.trajectory import Region, Sample, TrajectoryBatch, Visual
 
 
@@ -90,6 +91,15 @@ class Backbone(nn.Module, ABC):
         """Where the weights are."""
         return self.banned.device
 
+    @cached_property
+    def ending_tokens(self) -> Tensor:
+        """(V,) bool: tokens behind which a turn may have ended; the text is parsed only there."""
+        ending = torch.zeros(len(self.banned), dtype=torch.bool)
+        texts = self.tokenizer.batch_decode([[k] for k in range(len(self.tokenizer))])
+        ending[: len(texts)] = torch.tensor([may_end_turn(text) for text in texts])
+        ending[sorted(self.eos_ids)] = True
+        return ending.to(self.device)
+
     def tokenize(self, text: str) -> Tensor:
         """(n,) ids of a text. What looks like a special token in it is text: data cannot forge a placeholder."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -101,7 +111,7 @@ class Backbone(nn.Module, ABC):
 
     def see(self, images: Sequence[Tensor]) -> list[Visual]:
         """Whole images (3, H, W) as the vision tower takes them."""
-        boxes = torch.tensor([[0.0, 0.0, image.shape[-1], image.shape[-2]] for image in images]).view(-1, 4)
+        boxes = torch.tensor([[0.0, 0.0, x.shape[-1], x.shape[-2]] for x in images], dtype=torch.float32).view(-1, 4)
         scaled = self.image_scaler([image.to(self.device) for image in images], boxes.to(self.device))
         return [Visual(x, self.visual_tokens(x.shape[-2], x.shape[-1]), "image") for x in scaled]
 
@@ -113,7 +123,7 @@ class Backbone(nn.Module, ABC):
         place = {id(image): k for k, image in enumerate(distinct)}
         crops = self.crop_scaler(
             [image.to(self.device) for image in distinct],
-            torch.tensor([region.box for region in regions], device=self.device),
+            torch.tensor([region.box for region in regions], dtype=torch.float32, device=self.device),
             torch.tensor([place[id(image)] for image in images], device=self.device),
             [self.crop_size(image, region) for image, region in zip(images, regions, strict=True)],
         )
@@ -137,14 +147,14 @@ class Backbone(nn.Module, ABC):
         """
         if region is None:
             ids = self.tokenize(text)
-            return ids, torch.full(ids.shape, torch.nan)
+            return ids, torch.full(ids.shape, torch.nan, dtype=torch.float32)
         height, width = sample.images[region.image].shape[-2:]
         resized = visuals[region.image].pixels.shape[-2:]
         coords = from_original(region.box, self.box_space, (height, width), (resized[0], resized[1]))
-        bins = torch.tensor(coords) / self.bin_size
+        bins = torch.tensor(coords, dtype=torch.float32) / self.bin_size
         rounded = [round(k) * self.bin_size for k in bins.tolist()]
         ids = self.tokenize(text + format_box(rounded, region.image if len(sample.images) > 1 else None))
-        coordinates = torch.full(ids.shape, torch.nan)
+        coordinates = torch.full(ids.shape, torch.nan, dtype=torch.float32)
         if self.coordinate_bins is not None:
             coordinates[torch.isin(ids, self.coordinate_bins.cpu())] = bins
         return ids, coordinates

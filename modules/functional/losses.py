@@ -189,9 +189,11 @@ def token_weights(
             'Expected `constant` to be a positive integer with normalisation "constant", None with any other, '
             f"but got {constant} with {normalisation!r}"
         )
-    weights = torch.ones(owners.shape[0], device=owners.device)
+    weights = torch.ones(owners.shape[0], dtype=torch.float32, device=owners.device)
     if normalisation == "sequence":
-        lengths = torch.zeros(num_trajectories, device=owners.device).index_add_(0, owners, weights)
+        lengths = torch.zeros(num_trajectories, dtype=torch.float32, device=owners.device).index_add_(
+            0, owners, weights
+        )
         weights = 1 / lengths[owners]
     if include is not None:
         _check("include", include, (num_trajectories,), "bool")

@@ -49,7 +49,7 @@ def pack(
         prefix = common_length([trajectories[k].prompt_ids for k in members])
         first = trajectories[members[0]]
         shown = _count_visuals(first, prefix, image_token_id)
-        row_tokens, row_places = [first.prompt_ids[:prefix]], [positions[members[0]][:, :prefix]]
+        line, row_places = [first.prompt_ids[:prefix]], [positions[members[0]][:, :prefix]]
         row_segments = [torch.zeros(prefix, dtype=torch.long)]
         row_visuals = list(first.visuals[:shown])
         offset = prefix
@@ -57,7 +57,7 @@ def pack(
             trajectory = trajectories[k]
             own = torch.cat([trajectory.prompt_ids[prefix:], trajectory.completion_ids])
             _check_visuals(trajectory, image_token_id)
-            row_tokens.append(own)
+            line.append(own)
             row_places.append(positions[k][:, prefix:])
             row_segments.append(torch.full(own.shape, segment))
             row_visuals += trajectory.visuals[shown:]
@@ -70,7 +70,7 @@ def pack(
             log_probs.append(trajectory.log_probs[at])
             coordinates.append(trajectory.coordinates[at])
             offset += len(own)
-        tokens.append(torch.cat(row_tokens))
+        tokens.append(torch.cat(line))
         places.append(torch.cat(row_places, 1).T)
         segments.append(torch.cat(row_segments))
         for visual in row_visuals:
@@ -117,12 +117,13 @@ def _rows(trajectories: Sequence[Trajectory], row_tokens: int) -> list[list[int]
     for _, run in groupby(range(len(trajectories)), keys.__getitem__):
         length = row_tokens + 1  # the first of a run begins a row
         for k in run:
-            prompt, completion = len(trajectories[k].prompt_ids), len(trajectories[k].completion_ids)
-            if length + completion > row_tokens:
+            prompt, completion = trajectories[k].prompt_ids, trajectories[k].completion_ids
+            shared = common_length([trajectories[rows[-1][0]].prompt_ids, prompt]) if rows else 0
+            if length + len(prompt) - shared + len(completion) > row_tokens:
                 rows.append([])
-                length = prompt
+                length = shared = 0
             rows[-1].append(k)
-            length += completion
+            length += len(prompt) - shared + len(completion)
     return rows
 
 
