@@ -75,7 +75,7 @@ TOTALS = [[0.0, 1.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 1.0]]
 
 
 def step(
-    backbone: TimmLMBackbone, made: list[Group], objective: Objective | None = None, **options: Any
+    backbone: TimmLMBackbone, made: list[Group], objective: Objective = Objective(), **options: Any
 ) -> dict[str, Tensor]:
     """The weights after one iteration of plain gradient descent."""
     module = RGRPOModule(fresh(backbone), **{"optimizer": SGD, "clip_norm": 1e9, "objective": objective, **options})

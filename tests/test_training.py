@@ -165,7 +165,7 @@ def test_clip_norm_acts(clip_norm: float) -> None:
     assert row["train/grad_norm"] > 10 * clip_norm  # as it was before
 
 
-def rates(schedule: Schedule | None, **options: Any) -> list[float]:
+def rates(schedule: Schedule, **options: Any) -> list[float]:
     """The learning rate of each step, over that of the optimizer."""
     module = SFTModule(make_backbone(), optimizer=partial(RecordingSGD, lr=0.1), schedule=schedule)
     fit(module, [SampleBatch(make_samples(1))] * 2, **options)
@@ -174,7 +174,7 @@ def rates(schedule: Schedule | None, **options: Any) -> list[float]:
 
 
 def test_schedules_act() -> None:
-    assert rates(None, max_steps=3) == [1, 1, 1]
+    assert rates(Schedule(), max_steps=3) == [1, 1, 1]
     warm = rates(Schedule(warmup=0.5), max_steps=8)
     assert warm == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1, 1])
     # four epochs of two batches are eight steps as well

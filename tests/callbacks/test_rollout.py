@@ -234,7 +234,7 @@ def test_batches_without_samples_pass_through(kind: type[PolicyModule], tmp_path
     run.fit(module, batches)
     assert run.global_step == 0
     assert furthest(weights(module), before) == 0
-    assert callback.iteration == 0
+    assert callback.iteration == (2 if isinstance(module, RGRPOModule) else 0)  # in step with ranks that had some
     assert run.validate(module, batches, verbose=False) == [{}]
     assert run.test(module, batches, verbose=False) == [{}]
     assert (tmp_path / "predictions.jsonl").read_text() == ""

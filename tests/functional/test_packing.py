@@ -213,7 +213,7 @@ def test_placeholders_that_do_not_match_are_refused(member: int) -> None:
 
 
 def test_a_row_takes_as_many_completions_as_fit() -> None:
-    trajectories = [trajectory(k, [1, 2, 3], 2) for k in range(5)]
+    trajectories = [trajectory(k, [5, 6, 7], 2) for k in range(5)]
     for row_tokens, rows in ((0, 5), (7, 3), (8, 3), (9, 2), (13, 1)):  # 3 + 2n tokens a row of n
         batch = pack(trajectories, positions(trajectories), **IDS, row_tokens=row_tokens)
         assert batch.token_ids.shape[0] == rows, row_tokens
