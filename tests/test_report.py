@@ -128,9 +128,16 @@ def test_ranks_are_put_together(tmp_path: Path) -> None:
     assert build(Report(rows={"x": Row("t")}), tmp_path)["x"]["n"] == 2
 
 
+def test_failed_judgements_are_left_out(tmp_path: Path) -> None:
+    unjudged = {key: value for key, value in line(1, 0).items() if key != "correct"}
+    write(tmp_path / "t", [line(0, 1), unjudged])
+    results = build(Report(rows={"x": Row("t")}), tmp_path)
+    assert (results["x"]["n"], results["x"]["accuracy"]) == (1, 1.0)
+
+
 BROKEN = {
     "there twice": ([line(0, 1), line(0, 1)], r"predictions.jsonl:2: question 'q0' is there twice in mode 'greedy'"),
-    "lacks": ([{"id": "q0", "mode": "greedy"}], r"predictions.jsonl:1: lacks image_id, correct, iou, crops"),
+    "lacks": ([{"id": "q0", "mode": "greedy"}], r"predictions.jsonl:1: lacks image_id, iou, crops"),
     "correct": ([line(0, 2)], r"predictions.jsonl:1: expected `correct` to be 0 or 1, but got 2"),
     "mode": ([line(0, 1, "blank")], r"mode 'greedy' in .*t, but found \['blank'\]"),
 }
