@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -139,7 +139,7 @@ class TimmLMBackbone(Backbone):
             self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)
             bins = None
         self.register_buffer("coordinate_bins", bins, persistent=False)
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token_id = cast(int, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
         self.vision = build_encoder(vision)
         known = self.vision.pretrained_cfg
