@@ -99,6 +99,13 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: LightningCLI would let the checkpoint's hyper-parameters replace it."""
 
+    def instantiate_classes(self) -> None:
+        """Build what is configured; a value that an object refuses is a mistake on the command line or in a file."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            self.parser.error(str(error))
+
     def before_instantiate_classes(self) -> None:
         """A test in the folder of a fit does not overwrite the configuration of the fit."""
         if self.subcommand != "fit":

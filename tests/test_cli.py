@@ -228,6 +228,19 @@ def test_a_mistake_in_a_file_is_named_with_the_file(name: str, capsys: pytest.Ca
     assert [each for each in expected if each not in said] == [], said
 
 
+REFUSED_VALUES = {  # argument -> what is said
+    "--rollout.decoding.top_p=2": "error: Expected `top_p` to be in (0, 1], but got 2.0.",
+    "--model.init_args.init_from=none.ckpt": "there is no file 'none.ckpt'",
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED_VALUES)
+def test_a_value_that_an_object_refuses_ends_the_run_in_a_sentence(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert REFUSED_VALUES[argument] in refused([*FIT, argument], capsys)
+
+
 @pytest.mark.parametrize(("word", "meant"), [("fitt", "fit"), ("pipelin", "pipeline"), ("tset", "test")])
 def test_an_unknown_command_is_named(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused([word, "--config=base.yaml"], capsys)
