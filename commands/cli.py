@@ -35,6 +35,7 @@ FALSE_ALARMS = (
     r"LightningCLI's args parameter is intended",  # a pipeline runs several stages in one process, on purpose
     r"The `srun` command is available on your system but is not used",  # SLURM is installed, the run is local
     r"Checkpoint directory .* exists and is not empty",  # curves and checkpoints share the run's folder
+    r"predict returned None",  # trajectories are written by the rollout callback
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
 )
 
