@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from modules.backbones.base import Backbone
+from modules.backbones.base import Backbone, visual_blocks
 from modules.backbones.cache import RaggedCache
 from modules.environment import REFUSALS, Done, Look, Refuse, respond
 from modules.functional.grammar import last_answer
@@ -165,16 +165,17 @@ class _Flight:
         ids = pad_sequence(list(chunks), batch_first=True).to(self.device)
         places = pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).to(self.device)
         real = torch.arange(ids.shape[1], device=self.device) < counts[:, None]
+        is_visual = (ids == self.backbone.image_token_id) & real
         embeddings = self.backbone.embed(ids)
         flat = list({id(v): v for row in visuals for v in row}.values())
         if flat:
-            features = dict(zip(map(id, flat), self.backbone.encode(flat), strict=True))
-            is_visual = (ids == self.backbone.image_token_id) & real
+            features = dict(zip(map(id, flat), self.backbone.features(flat), strict=True))
             embeddings = self.backbone.merge(embeddings, is_visual, [features[id(v)] for row in visuals for v in row])
-        return self._forward(embeddings, places, counts)
+        blocks = visual_blocks(is_visual) if self.backbone.bidirectional_visuals else None
+        return self._forward(embeddings, places, counts, blocks)
 
-    def _forward(self, embeddings: Tensor, positions: Tensor, counts: Tensor) -> Tensor:
-        mask = self.cache.prepare(counts, embeddings.shape[1])
+    def _forward(self, embeddings: Tensor, positions: Tensor, counts: Tensor, blocks: Tensor | None = None) -> Tensor:
+        mask = self.cache.prepare(counts, embeddings.shape[1], blocks)
         hidden = self.backbone(embeddings, positions, mask, self.cache)
         self.cache.commit()
         return hidden[torch.arange(len(counts), device=self.device), counts - 1]
@@ -242,7 +243,7 @@ class _Flight:
             crops = [Visual(torch.full_like(c.pixels, 0.5), c.tokens, c.role) for c in crops]
         chunks: dict[int, tuple[Tensor, list[Visual]]] = {}
         for (k, region), crop in zip(looks.items(), crops, strict=True):
-            ids = self.backbone.placeholder_ids(crop.tokens)
+            ids = self.backbone.visual_ids(*crop.pixels.shape[-2:])
             if not self._fits(k, len(ids)):
                 refusals[k] = "context"
                 continue

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_scheduler
 
-from modules.backbones.base import Backbone
+from modules.backbones.base import PARTS, Backbone
 from modules.trajectory import SampleBatch
 
 M = TypeVar("M")
@@ -55,7 +55,8 @@ class PolicyModule(L.LightningModule):
         backbone: the policy network.
         optimizer: from the parameters that train.
         schedule: of the learning rate.
-        freeze: regular expressions; a parameter of the backbone whose name contains a match stays as it is.
+        freeze: what stays as it is: parts of the backbone (vision, projector, language), or regular expressions, of
+            which a parameter's name contains a match.
         init_from: checkpoint whose policy weights are the start (R-GRPO from SFT).
         clip_norm: largest norm of the gradient.
         micro_batch: trajectories in one forward and backward pass; None: all of a step.
@@ -233,12 +234,19 @@ def load_policy(backbone: Backbone, path: str) -> None:
 
 
 def freeze_matching(backbone: Backbone, patterns: Sequence[str]) -> None:
-    """Freeze every parameter whose name contains a match of one of the patterns."""
+    """Freeze parts of the backbone (`PARTS`), and parameters whose name contains a match of a regular expression."""
     for pattern in patterns:
-        matched = [p for name, p in backbone.named_parameters() if re.search(pattern, name)]
+        matched = [
+            p
+            for name, p in backbone.named_parameters()
+            if (backbone.part(name) == pattern if pattern in PARTS else re.search(pattern, name))
+        ]
         if not matched:
             names = sorted({name.split(".")[0] for name, _ in backbone.named_parameters()})
-            raise PolicyError(f"Expected `freeze` {pattern!r} to match a parameter, but names begin with {names}.")
+            raise PolicyError(
+                f"Expected `freeze` {pattern!r} to be one of {PARTS} or to match a parameter, "
+                f"but names begin with {names}."
+            )
         for parameter in matched:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in backbone.parameters()):

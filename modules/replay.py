@@ -85,8 +85,7 @@ def _script(backbone: Backbone, sample: Sample, seen: Sequence[Visual]) -> _Scri
             return f"step {number} of {len(sample.rationale)} answers already"
         shown = own[:0]
         if region is not None:
-            size = backbone.crop_size(sample.images[region.image], region)
-            shown = backbone.placeholder_ids(backbone.visual_tokens(*size))
+            shown = backbone.visual_ids(*backbone.crop_size(sample.images[region.image], region))
         turns.append(Turn(text, length, length + len(own), region=region))
         ids += [own, shown]
         sampled += [torch.ones(len(own), dtype=torch.bool), torch.zeros(len(shown), dtype=torch.bool)]

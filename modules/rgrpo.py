@@ -101,7 +101,7 @@ class RGRPOModule(PolicyModule):
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
         """All optimizer steps of one iteration."""
-        self.backbone.eval()  # dropout would make the learner's distribution another one than the sampler's
+        self.backbone.learn()
         groups = batch.groups
         if self.objective.drop_zero_variance:
             groups = [g for g in groups if not bool(zero_variance(g.totals, self.objective.min_spread))]

@@ -32,9 +32,9 @@ def sequences(backbone: TimmLMBackbone) -> list[tuple[Tensor, list[Visual]]]:
     for crops in range(4):
         regions = [Region((0.0, 0.0, 16.0 + 8 * k, 16.0)) for k in range(crops)]
         visuals = [*backbone.see([image]), *backbone.look([image] * crops, regions)]
-        ids = [backbone.placeholder_ids(visuals[0].tokens), text[: 3 + crops]]
+        ids = [backbone.visual_ids(*visuals[0].pixels.shape[-2:]), text[: 3 + crops]]
         for visual in visuals[1:]:
-            ids += [backbone.placeholder_ids(visual.tokens), text[crops:]]
+            ids += [backbone.visual_ids(*visual.pixels.shape[-2:]), text[crops:]]
         rows.append((torch.cat(ids), visuals))
     return rows
 

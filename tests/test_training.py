@@ -136,7 +136,7 @@ def test_a_rank_without_anything_to_learn_steps_with_its_peers(monkeypatch: pyte
 
 
 def test_frozen_parameters_stay_and_the_others_train() -> None:
-    module = SFTModule(make_backbone(), optimizer=ADAM, freeze=["^vision", "projector", r"layers\.0\."])
+    module = SFTModule(make_backbone(), optimizer=ADAM, freeze=["^vision", "^projector", r"layers\.0\."])
     before = weights(module.backbone)
     fit(module, [SampleBatch(make_samples(4))], max_steps=2)
     seen = {True: 0, False: 0}

@@ -5,16 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modules.backbones.cache import RaggedCache
 from modules.crop import CropAndScale
 from modules.functional.boxes import BoxSpace, from_original
 from modules.functional.grammar import format_box, may_end_turn
 from modules.trajectory import Region, Sample, TrajectoryBatch, Visual
+
+Part = Literal["vision", "projector", "language"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class Backbone(nn.Module, ABC):
@@ -34,6 +40,7 @@ class Backbone(nn.Module, ABC):
         bin_size: distance of two coordinate bins, in units of the box space.
         context_length: how many tokens a sequence may have.
         position_axes: 1, or more for multi-axis rotary positions.
+        bidirectional_visuals: whether the tokens of one visual attend to each other in both directions.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,20 +52,29 @@ class Backbone(nn.Module, ABC):
     bin_size: float = 1.0
     context_length: int
     position_axes: int = 1
+    bidirectional_visuals: bool = False
     image_scaler: CropAndScale
     crop_scaler: CropAndScale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._encoded: WeakKeyDictionary[Visual, Tensor] = WeakKeyDictionary()
 
     @abstractmethod
     def prompt_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
         """(P,) ids of the prompt, with placeholders for ``visuals`` (the sample's images)."""
 
     @abstractmethod
-    def visual_tokens(self, height: int, width: int) -> int:
-        """How many placeholder tokens an image of this size, already on the patch grid, fills."""
+    def visual_ids(self, height: int, width: int) -> Tensor:
+        """(n,) ids by which a visual of this size, as scaled, is shown: placeholders and what stands around them."""
 
     @abstractmethod
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        """Features of each visual, (tokens, D)."""
+        """Features of each visual, (tokens, D'): one row for each of its placeholders; see `merge`."""
+
+    @abstractmethod
+    def part(self, parameter: str) -> Part:
+        """Which part of the model a parameter of this name belongs to; the projector joins vision and language."""
 
     @abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -71,7 +87,7 @@ class Backbone(nn.Module, ABC):
         """Hidden states (B, L, D) after the last norm.
 
         Args:
-            embeddings: (B, L, D).
+            embeddings: (B, L, D'), as `merge` returns them.
             position_ids: (A, B, L) long.
             attention_mask: (B, 1, L, K) bool, True where a query may attend.
             cache: keys and values of what came before; K is then its length with this chunk.
@@ -113,7 +129,7 @@ class Backbone(nn.Module, ABC):
         """Whole images (3, H, W) as the vision tower takes them."""
         boxes = torch.tensor([[0.0, 0.0, x.shape[-1], x.shape[-2]] for x in images], dtype=torch.float32).view(-1, 4)
         scaled = self.image_scaler([image.to(self.device) for image in images], boxes.to(self.device))
-        return [Visual(x, self.visual_tokens(x.shape[-2], x.shape[-1]), "image") for x in scaled]
+        return [self._visual(x, "image") for x in scaled]
 
     def look(self, images: Sequence[Tensor], regions: Sequence[Region]) -> list[Visual]:
         """Zoomed crops: the n-th of ``regions`` on the n-th of ``images`` (repeats are one tensor, not copies)."""
@@ -127,11 +143,31 @@ class Backbone(nn.Module, ABC):
             torch.tensor([place[id(image)] for image in images], device=self.device),
             [self.crop_size(image, region) for image, region in zip(images, regions, strict=True)],
         )
-        return [Visual(x, self.visual_tokens(x.shape[-2], x.shape[-1]), "crop") for x in crops]
+        return [self._visual(x, "crop") for x in crops]
 
-    def placeholder_ids(self, tokens: int) -> Tensor:
-        """(n,) ids that stand for a visual of so many tokens inside a sequence."""
-        return torch.full((tokens,), self.image_token_id)
+    def _visual(self, pixels: Tensor, role: Literal["image", "crop"]) -> Visual:
+        ids = self.visual_ids(pixels.shape[-2], pixels.shape[-1])
+        return Visual(pixels, int((ids == self.image_token_id).sum()), role)
+
+    def features(self, visuals: Sequence[Visual]) -> list[Tensor]:
+        """`encode`, and each visual once only while neither the vision tower nor the projector trains."""
+        if self._encoder_trains() or any(v.pixels.requires_grad for v in visuals):
+            return self.encode(visuals)
+        new = [v for v in dict.fromkeys(visuals) if v not in self._encoded]
+        if new:
+            self._encoded.update(zip(new, self.encode(new), strict=True))
+        return [self._encoded[v] for v in visuals]
+
+    def _encoder_trains(self) -> bool:
+        return any(p.requires_grad and self.part(name) != "language" for name, p in self.named_parameters())
+
+    def learn(self) -> None:
+        """Be ready for a learner's pass: evaluation mode, for dropout would make its distribution another one than
+        the sampler's, but layers that are to recompute their activations do."""
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = module.gradient_checkpointing
 
     def crop_size(self, image: Tensor, region: Region) -> tuple[int, int]:
         """(height, width) of the crop of ``region`` on an image (3, H, W)."""
@@ -160,27 +196,40 @@ class Backbone(nn.Module, ABC):
         return ids, coordinates
 
     def merge(self, embeddings: Tensor, is_visual: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Put the features, in row-major order, where the placeholders (B, L) are."""
+        """Put the features, in row-major order, where the placeholders (B, L) are.
+
+        A backbone whose deeper layers take features as well returns wider embeddings than it was given.
+        """
         if not features:
             return embeddings
         return embeddings.masked_scatter(is_visual[..., None], torch.cat(list(features)).to(embeddings.dtype))
 
     def hidden_states(self, batch: TrajectoryBatch) -> Tensor:
         """(R, L, D) of a packed batch, the learner's full pass."""
-        features = self.encode(batch.visuals) if batch.visuals else []
+        features = self.features(batch.visuals) if batch.visuals else []
         placed = [features[k] for k in batch.visual_order.tolist()]
         embeddings = self.merge(self.embed(batch.token_ids), batch.is_visual, placed)
-        return self(embeddings, batch.position_ids, packed_mask(batch.segment_ids))
+        blocks = visual_blocks(batch.is_visual) if self.bidirectional_visuals else None
+        return self(embeddings, batch.position_ids, packed_mask(batch.segment_ids, blocks))
 
 
-def packed_mask(segment_ids: Tensor) -> Tensor:
+def visual_blocks(is_visual: Tensor) -> Tensor:
+    """(B, L) long, a number for each run of placeholders (B, L) in a row; -1 where there is none."""
+    starts = is_visual & ~torch.cat([torch.zeros_like(is_visual[:, :1]), is_visual[:, :-1]], 1)
+    return torch.where(is_visual, starts.cumsum(1), -1)
+
+
+def packed_mask(segment_ids: Tensor, blocks: Tensor | None = None) -> Tensor:
     """Who may attend to whom in packed rows: (R, 1, L, L) bool from (R, L) segment ids.
 
     Causal; a completion sees the shared prefix (segment 0) and itself. Padding (-1) sees itself
-    only, since a row of the mask with nothing in it gives NaN.
+    only, since a row of the mask with nothing in it gives NaN. With ``blocks`` (R, L), tokens of one
+    block see each other in both directions.
     """
     length = segment_ids.shape[1]
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    if blocks is not None:
+        causal = causal | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, None, :])
     itself = torch.eye(length, dtype=torch.bool, device=segment_ids.device)
     return (causal & ((key == 0) | (key == query)) & (key >= 0) | itself)[:, None]

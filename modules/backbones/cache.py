@@ -27,8 +27,14 @@ class RaggedCache(Cache):
         self._start: int | None = None  # the common first slot, where all rows have one length
         self._end = 0
 
-    def prepare(self, counts: Tensor, width: int) -> Tensor:
+    def prepare(self, counts: Tensor, width: int, blocks: Tensor | None = None) -> Tensor:
         """Make room for a chunk of ``width`` columns, ``counts`` (B,) of them real in each row.
+
+        Args:
+            counts: (B,) long.
+            width: columns of the chunk, padding included.
+            blocks: (B, width) long; tokens of the chunk that share a number >= 0 attend to each other
+                in both directions.
 
         Returns:
             (B, 1, width, end) bool, True where a query may attend: to all that its row holds, and
@@ -41,7 +47,11 @@ class RaggedCache(Cache):
         self._end = longest + width
         self._slots = self.lengths[:, None] + torch.arange(width, device=counts.device)
         self._counts = counts
-        return (torch.arange(self._end, device=counts.device) <= self._slots[..., None])[:, None]
+        mask = torch.arange(self._end, device=counts.device) <= self._slots[..., None]
+        if blocks is not None:
+            of_key = torch.full((len(counts), self._end), -1, device=counts.device).scatter(1, self._slots, blocks)
+            mask = mask | ((blocks[:, :, None] == of_key[:, None, :]) & (blocks >= 0)[:, :, None])
+        return mask[:, None]
 
     def commit(self) -> None:
         """Count the chunk that was appended."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from modules.backbones.base import Backbone
+from modules.backbones.base import Backbone, Part
 from modules.backbones.cache import RaggedCache
 from modules.backbones.fragments import FragmentVocabulary, fragment_tokenizer
 from modules.crop import CropAndScale
@@ -176,12 +176,17 @@ class TimmLMBackbone(Backbone):
 
     def prompt_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
         """The images, then the question and the instruction."""
-        images = [self.placeholder_ids(visual.tokens) for visual in visuals]
+        images = [self.visual_ids(*visual.pixels.shape[-2:]) for visual in visuals]
         return torch.cat([*images, self.tokenize(sample.question + self.instruction)])
 
-    def visual_tokens(self, height: int, width: int) -> int:
-        """One token a patch."""
-        return (height // self.patch) * (width // self.patch)
+    def visual_ids(self, height: int, width: int) -> Tensor:
+        """One placeholder a patch."""
+        return torch.full(((height // self.patch) * (width // self.patch),), self.image_token_id)
+
+    def part(self, parameter: str) -> Part:
+        """See `Backbone.part`."""
+        first = parameter.split(".")[0]
+        return "vision" if first == "vision" else "language" if first == "language" else "projector"
 
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
         """Visuals of one shape and role go through the encoder together."""
