@@ -22,6 +22,8 @@ from modules.functional.grammar import last_answer
 from modules.functional.sampling import UniformStream, sample_tokens
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Turn, Visual
 
+GREY = 128 / 255  # of blank crops; images of exactly one half, 0 once normalised, are padding to SmolVLM
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -240,7 +242,7 @@ class _Flight:
         images = [self.rows[k].request.sample.images[region.image] for k, region in looks.items()]
         crops = self.backbone.look(images, list(looks.values()))
         if self.decoding.crops == "blank":
-            crops = [Visual(torch.full_like(c.pixels, 0.5), c.tokens, c.role) for c in crops]
+            crops = [Visual(torch.full_like(c.pixels, GREY), c.tokens, c.role) for c in crops]
         chunks: dict[int, tuple[Tensor, list[Visual]]] = {}
         for (k, region), crop in zip(looks.items(), crops, strict=True):
             ids = self.backbone.visual_ids(*crop.pixels.shape[-2:])

@@ -172,7 +172,7 @@ def test_blank_crops_are_grey_and_of_the_same_size() -> None:
     backbone = scripted([f"{BOX}{ANSWER}"])
     (t,) = LocalEngine().rollout(backbone, [Request(make_samples(1)[0], 0)], Decoding(0.0, crops="blank", **LIMITS))
     assert t.turns[0].crop is not None
-    assert t.turns[0].crop.pixels.unique().tolist() == [0.5]
+    assert t.turns[0].crop.pixels.unique().tolist() == pytest.approx([128 / 255])
     assert t.turns[0].crop.tokens == 4
 
 
