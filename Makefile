@@ -25,7 +25,7 @@ test-slow: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy modules datamodules callbacks commands train.py
+	$(BIN)/mypy modules datamodules callbacks commands benchmarks train.py
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

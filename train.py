@@ -3,6 +3,8 @@
     python train.py fit --config configs/quickstart/sft.yaml --run_dir runs/sft     # train
     python train.py validate | test | predict --config ... --ckpt_path ...           # measure, predict
     python train.py pipeline --config configs/quickstart/pipeline.yaml --seed 1      # stage after stage, and a report
+    python train.py audit --config ... --model.init_args.init_from ...               # does the crop matter?
+    python train.py export --ckpt_path runs/sft/last.ckpt --output exported          # a Hugging Face folder
 
 Every value of a YAML file can be given on the command line after it, and several files follow one
 another: ``--config a.yaml --config b.yaml --model.init_args.clip_norm=0.5``. ``python train.py fit
@@ -51,7 +53,21 @@ def pipeline(args: Sequence[str]) -> None:
     run(args)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"pipeline": pipeline}
+def export(args: Sequence[str]) -> None:
+    """A checkpoint as a Hugging Face folder."""
+    from commands.export import main as run
+
+    run(args)
+
+
+def audit(args: Sequence[str]) -> None:
+    """A test in which crops are replaced as well."""
+    from commands.cli import cli
+
+    cli(["test", *args, "--trainer.callbacks+=CropAudit"])
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"pipeline": pipeline, "export": export, "audit": audit}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

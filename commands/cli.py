@@ -1,8 +1,9 @@
 """The command line of one run: fit, validate, test or predict a policy that YAML describes.
 
-`CLI` is LightningCLI with these rules: everything of a run lies in ``--run_dir``, the rollout callback
-and the checkpoint callback are always there under names of their own (``--rollout.*``,
-``--checkpoint.*``), and what configuration and command line say is never overruled by a checkpoint.
+`CLI` is LightningCLI with these rules: everything of a run lies in ``--run_dir``; rollouts, the checks
+before a run and checkpoints are always there under names of their own (``--rollout.*``,
+``--preflight.*``, ``--checkpoint.*``); and what configuration and command line say is never overruled by a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 import callbacks  # noqa: F401  their classes can be named in YAML without a path
 import datamodules
 import modules  # noqa: F401
+from callbacks.preflight import Preflight
 from callbacks.rollout import RolloutCallback
 from callbacks.throughput import Throughput
 from commands.suggest import Parser
@@ -79,6 +81,7 @@ class CLI(LightningCLI):
             "--run_dir", type=str, default="runs/default", help="Folder of everything that a run writes."
         )
         parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.add_lightning_class_args(Preflight, "preflight")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
         # links, not interpolation: they act again when a saved config.yaml is run with another --run_dir

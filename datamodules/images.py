@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own error level for decompression bombs, about 179 megapixels
+STRIP = 256  # rows that are converted at a time
 
 Image.init()  # register the decoders once, before threads or workers open files
 
@@ -27,8 +28,21 @@ class BadImage(Exception):
 def load_image(path: Path) -> Tensor:
     """Decode one image file.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of an
-    animation the first frame is taken.
+    =====================================  ================================================================
+    in the file                            what comes of it
+    =====================================  ================================================================
+    EXIF orientation                       turned upright; width and height are those of the upright picture
+    transparency (alpha, palette, colour)  laid on white
+    palette, CMYK, 1 bit, grey             RGB
+    grey of 16 bits                        scaled to 8 bits: 65535 is white
+    colours of 16 bits                     their upper 8 bits
+    an animation, several pages            the first frame
+    floats, integers beyond 16 bits        refused: the file does not say which value is white
+    a truncated or damaged picture         refused, also where some of it could be shown
+    more than `MAX_PIXELS` pixels          refused before anything is decoded
+    =====================================  ================================================================
+
+    At its peak it takes twice to three times the memory of what it returns.
 
     Args:
         path: any format that Pillow reads.
@@ -37,7 +51,7 @@ def load_image(path: Path) -> Tensor:
         (3, H, W) uint8, RGB.
 
     Raises:
-        BadImage: no such file, empty, not an image, truncated, or more than `MAX_PIXELS` pixels.
+        BadImage: no such file, empty, not an image, or one of those that are refused.
     """
     try:
         with warnings.catch_warnings():
@@ -45,8 +59,8 @@ def load_image(path: Path) -> Tensor:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadImage(path, _too_large(image.width, image.height))
-                oriented = ImageOps.exif_transpose(image)
-            pixels = np.array(_to_rgb(oriented), dtype=np.uint8)
+                ImageOps.exif_transpose(image, in_place=True)
+                return _pixels(_to_rgb(image))
     except FileNotFoundError:
         raise BadImage(path, "no such file") from None
     except UnidentifiedImageError:
@@ -56,18 +70,33 @@ def load_image(path: Path) -> Tensor:
     # Pillow's decoders raise whatever a damaged file leads them into.
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
         raise BadImage(path, f"cannot be decoded ({error})") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of the current frame; `image` may be of any Pillow mode."""
-    if image.mode.startswith("I;16") or image.mode == "I":
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if image.mode == "I" and not 0 <= grey.min() <= grey.max() <= 65535:  # 32 bits, but some are of 16-bit files
+            raise ValueError("its pixels are integers of more than 16 bits")
         # Pillow would clip 16-bit grey at 255, which turns most of such pictures white.
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point numbers")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(layer, mask=layer.getchannel("A"))
+        return paper
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 of an RGB image; strip by strip, for Pillow hands out copies."""
+    pixels = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height)))
+        pixels[:, top : top + STRIP] = torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+    return pixels
 
 
 def _unidentified(path: Path) -> str:

@@ -11,6 +11,8 @@ What YAML names is exported here.
 """
 
 from modules.backbones.base import Backbone
+from modules.backbones.hf_vlm import HFVLMBackbone
+from modules.backbones.qwen_vl import QwenVLBackbone
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import GroupSampler, LocalEngine, RolloutEngine
 from modules.policy import PolicyModule
@@ -23,9 +25,11 @@ __all__ = [
     "Backbone",
     "Format",
     "GroupSampler",
+    "HFVLMBackbone",
     "Length",
     "LocalEngine",
     "PolicyModule",
+    "QwenVLBackbone",
     "RGRPOModule",
     "RegionValidity",
     "Reward",

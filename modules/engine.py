@@ -17,12 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modules.backbones.base import Backbone, visual_blocks
 from modules.backbones.cache import RaggedCache
+from modules.counterfactual import replace_crops
 from modules.environment import REFUSALS, Done, Look, Refuse, respond
 from modules.functional.grammar import last_answer
 from modules.functional.sampling import UniformStream, sample_tokens
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Turn, Visual
-
-GREY = 128 / 255  # of blank crops; images of exactly one half, 0 once normalised, are padding to SmolVLM
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,15 @@ class Decoding:
         top_p: the smallest set of tokens with this much probability is sampled from.
         max_turns: how many times the policy may write (VLM-R3's published code: 8, 12 in one evaluation).
         max_turn_tokens: new tokens a turn (there: 2,048).
-        crops: what is shown behind a valid box: the crop, or a grey one of its size (an audit).
+        crops: what is shown behind a valid box: the crop, or another visual of its size (an audit; see
+            `modules.counterfactual.replace_crops`).
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_turns: int = 8
     max_turn_tokens: int = 2048
-    crops: Literal["zoom", "blank"] = "zoom"
+    crops: Literal["zoom", "blank", "random", "swap"] = "zoom"
 
     def __post_init__(self) -> None:
         for name, least in (("temperature", 0), ("max_turns", 1), ("max_turn_tokens", 1)):
@@ -241,8 +241,11 @@ class _Flight:
         """Cut all crops of this step together; refuse in text what is invalid or does not fit."""
         images = [self.rows[k].request.sample.images[region.image] for k, region in looks.items()]
         crops = self.backbone.look(images, list(looks.values()))
-        if self.decoding.crops == "blank":
-            crops = [Visual(torch.full_like(c.pixels, GREY), c.tokens, c.role) for c in crops]
+        if self.decoding.crops != "zoom":
+            others = list({id(i): i for row in self.rows for i in row.request.sample.images}.values())
+            seeds = [self.rows[k].request.seed * 1_000_003 + len(self.rows[k].turns) for k in looks]
+            regions = list(looks.values())
+            crops = replace_crops(self.backbone, self.decoding.crops, crops, images, regions, others, seeds)
         chunks: dict[int, tuple[Tensor, list[Visual]]] = {}
         for (k, region), crop in zip(looks.items(), crops, strict=True):
             ids = self.backbone.visual_ids(*crop.pixels.shape[-2:])

@@ -11,7 +11,18 @@ from torch import Tensor
 from modules.functional.boxes import iou
 from modules.trajectory import Region, Trajectory
 
-MEASURED = ("zoom_rate", "crops", "crop_area", "whole_image", "faults", "turns", "tokens", "truncated", "iou")
+MEASURED = (
+    "zoom_rate",
+    "crops",
+    "crop_area",
+    "whole_image",
+    "faults",
+    "refused_context",
+    "turns",
+    "tokens",
+    "truncated",
+    "iou",
+)
 
 
 def measure(trajectory: Trajectory) -> dict[str, float]:
@@ -19,8 +30,9 @@ def measure(trajectory: Trajectory) -> dict[str, float]:
 
     ``zoom_rate`` 1 if it was shown a crop; ``crops``; ``crop_area`` mean share of the image that its
     crops cover; ``whole_image`` share of its crops that cover 90% or more; ``faults`` refused boxes;
-    ``turns``; ``tokens`` that it wrote; ``truncated``; ``iou`` of the last region that it looked at
-    with the best annotated one (0 if it looked nowhere, NaN if nothing is annotated).
+    ``refused_context`` those of them whose crop did not fit into the context; ``turns``; ``tokens`` that
+    it wrote; ``truncated``; ``iou`` of the last region that it looked at with the best annotated one (0 if
+    it looked nowhere, NaN if nothing is annotated).
     """
     shown = [turn.region for turn in trajectory.turns if turn.crop is not None and turn.region is not None]
     areas = [_share(trajectory, region) for region in shown]
@@ -30,6 +42,7 @@ def measure(trajectory: Trajectory) -> dict[str, float]:
         "crop_area": sum(areas) / len(areas) if areas else math.nan,
         "whole_image": sum(a >= 0.9 for a in areas) / len(areas) if areas else math.nan,
         "faults": float(sum(turn.fault is not None for turn in trajectory.turns)),
+        "refused_context": float(sum(turn.fault == "context" for turn in trajectory.turns)),
         "turns": float(len(trajectory.turns)),
         "tokens": float(trajectory.sampled.sum()),
         "truncated": float(trajectory.stop.truncated),

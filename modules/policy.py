@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from modules.backbones.base import PARTS, Backbone
+from modules.lora import LoRA, add_lora, merge_lora
 from modules.trajectory import SampleBatch
 
 M = TypeVar("M")
@@ -57,15 +58,18 @@ class PolicyModule(L.LightningModule):
         schedule: of the learning rate.
         freeze: what stays as it is: parts of the backbone (vision, projector, language), or regular expressions, of
             which a parameter's name contains a match.
-        init_from: checkpoint whose policy weights are the start (R-GRPO from SFT).
+        lora: adapters that train in place of the backbone's own weights.
+        init_from: checkpoint whose policy weights are the start (R-GRPO from SFT). Adapters of that run are merged
+            into them: whoever starts from it, with new adapters, other ones or none, starts from that policy.
         clip_norm: largest norm of the gradient.
         micro_batch: trajectories in one forward and backward pass; None: all of a step.
         row_tokens: longest row in which trajectories share their prompt; see `functional.packing.pack`.
         head_chunk: sampled tokens whose logits exist at a time.
 
     Raises:
-        PolicyError: if a pattern of ``freeze`` matches nothing, everything is frozen, or
+        PolicyError: if a pattern of ``freeze`` matches nothing, an adapter or everything, or
             ``init_from`` is not there or does not hold this backbone's weights.
+        ValueError: if ``lora`` matches nothing, or peft is not installed.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class PolicyModule(L.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = Schedule(),
         freeze: Sequence[str] = (),
+        lora: LoRA = LoRA(),
         init_from: str | None = None,
         clip_norm: float = 1.0,
         micro_batch: int | None = None,
@@ -85,6 +90,8 @@ class PolicyModule(L.LightningModule):
         self.backbone = backbone
         self.optimizer = optimizer
         self.schedule = schedule
+        self.lora = lora
+        self.init_from = init_from
         self.clip_norm = clip_norm
         self.micro_batch = micro_batch
         self.row_tokens = row_tokens
@@ -96,6 +103,8 @@ class PolicyModule(L.LightningModule):
             raise PolicyError(f"Expected `micro_batch` to be at least 1, but got {micro_batch}.")
         if init_from is not None:
             load_policy(backbone, init_from)
+        if lora.rank:
+            add_lora(backbone, lora)
         freeze_matching(backbone, freeze)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -202,6 +211,20 @@ class PolicyModule(L.LightningModule):
         """Rows that the data module left out and samples that were refused, so far."""
         return float(getattr(self.trainer.datamodule, "skipped_total", 0) + len(self.refused))  # type: ignore[attr-defined]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what adapters the weights have, which whoever merges them has to know; see `read_policy`."""
+        checkpoint["lora"] = asdict(self.lora)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with the adapters of a run that scales them otherwise, or has them elsewhere."""
+        saved = LoRA(**checkpoint.get("lora", {}))
+        here, there = (asdict(replace(lora, dropout=0.0)) if lora.rank else "none" for lora in (self.lora, saved))
+        if here != there:
+            raise PolicyError(
+                f"Expected `ckpt_path` to be of a run with the adapters of this one, {here}, but its are {there}; "
+                "`init_from` starts from its policy, with these adapters."
+            )
+
     def validation_step(self, batch: SampleBatch, batch_idx: int) -> None:
         """Trajectories are rolled out, measured and logged by the rollout callback."""
 
@@ -212,42 +235,78 @@ class PolicyModule(L.LightningModule):
         """See `validation_step`."""
 
 
-def load_policy(backbone: Backbone, path: str) -> None:
-    """Load the policy's weights out of a training checkpoint."""
+def load_policy(backbone: Backbone, path: str, argument: str = "init_from") -> None:
+    """Load the policy's weights out of a training checkpoint, its adapters merged into them.
+
+    Args:
+        backbone: without adapters.
+        path: of the checkpoint.
+        argument: what the user gave the path as.
+
+    Raises:
+        PolicyError: if it is no such checkpoint, or of another backbone.
+    """
+    own, lora = read_policy(path, argument)
+    if lora.rank:
+        own = merge_lora(own, lora.scaling)
+    check_weights(own, backbone.state_dict(), path, argument)
+    backbone.load_state_dict(own)
+
+
+def read_policy(path: str, argument: str) -> tuple[dict[str, Tensor], LoRA]:
+    """The weights of the backbone in a training checkpoint, adapters among them, and what adapters they are.
+
+    Raises:
+        PolicyError: if it is no such checkpoint.
+    """
     if not Path(path).is_file():
-        raise PolicyError(f"Expected `init_from` to be a checkpoint, but there is no file {path!r}.")
+        hint = "; a Hugging Face folder is the backbone's `model`" if Path(path).is_dir() else ""
+        raise PolicyError(f"Expected `{argument}` to be a checkpoint, but there is no file {path!r}{hint}.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (KeyError, TypeError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        # mapped: the optimizer's state in it, often twice the weights, is not read
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state, lora = checkpoint["state_dict"], LoRA(**checkpoint.get("lora", {}))
+    except (AttributeError, LookupError, TypeError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
         raise PolicyError(
-            f"Expected `init_from` {path!r} to be a training checkpoint, but reading it fails: {error!r}."
+            f"Expected `{argument}` {path!r} to be a training checkpoint, but reading it fails: {error!r}."
         ) from error
-    own = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    expected = backbone.state_dict()
+    return {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}, lora
+
+
+def check_weights(own: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str, argument: str) -> None:
+    """Whether a checkpoint has the weights that a backbone has.
+
+    Raises:
+        PolicyError: if not; names one.
+    """
     wrong = sorted(set(own) ^ set(expected)) or sorted(k for k in own if own[k].shape != expected[k].shape)
     if wrong:
         raise PolicyError(
-            f"Expected `init_from` {path!r} to hold the weights of this backbone, but {len(wrong)} tensors are "
+            f"Expected `{argument}` {path!r} to hold the weights of this backbone, but {len(wrong)} tensors are "
             f"missing, unknown or of another shape, {wrong[0]!r} first."
         )
-    backbone.load_state_dict(own)
 
 
 def freeze_matching(backbone: Backbone, patterns: Sequence[str]) -> None:
     """Freeze parts of the backbone (`PARTS`), and parameters whose name contains a match of a regular expression."""
     for pattern in patterns:
-        matched = [
-            p
+        matched = {
+            name: p
             for name, p in backbone.named_parameters()
             if (backbone.part(name) == pattern if pattern in PARTS else re.search(pattern, name))
-        ]
+        }
         if not matched:
             names = sorted({name.split(".")[0] for name, _ in backbone.named_parameters()})
             raise PolicyError(
                 f"Expected `freeze` {pattern!r} to be one of {PARTS} or to match a parameter, "
                 f"but names begin with {names}."
             )
-        for parameter in matched:
+        adapter = next((name for name, p in matched.items() if p.requires_grad and ".lora_" in name), None)
+        if adapter is not None:
+            raise PolicyError(
+                f"Expected `freeze` to leave the adapters of `lora.targets` alone, but {pattern!r} matches {adapter!r}."
+            )
+        for parameter in matched.values():
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in backbone.parameters()):
         raise PolicyError(f"Expected `freeze` to leave something to train, but {list(patterns)} match everything.")

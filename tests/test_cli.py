@@ -194,7 +194,7 @@ def test_a_typo_on_the_command_line_is_named(argument: str, capsys: pytest.Captu
 
 def test_candidates_are_those_of_the_class_that_asks(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused([*FIT, "--model=SFTModule", "--model.backbone=TimmLMBackbon"], capsys)
-    assert "did you mean TimmLMBackbone?" in said
+    assert "did you mean TimmLMBackbone" in said
 
 
 FILES = {

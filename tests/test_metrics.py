@@ -7,8 +7,12 @@ import math
 import pytest
 import torch
 
-from modules.metrics import Tally, last_iou, measure
+from modules.backbones.timm_lm import ScalerConfig
+from modules.engine import Decoding, LocalEngine, Request
+from modules.environment import REFUSALS
+from modules.metrics import MEASURED, Tally, last_iou, measure
 from modules.trajectory import Box, Region, Sample, StopReason, Trajectory, Turn, Visual
+from tests.conftest import make_samples, scripted
 
 CROP = Visual(torch.zeros(3, 8, 8), 1, "crop")
 ANSWER = Turn("<answer>7</answer>", 0, 0)
@@ -40,6 +44,7 @@ def test_two_crops_and_a_refusal() -> None:
             "crop_area": (0.25 + 0.9) / 2,  # each of its own image
             "whole_image": 0.5,  # 0.9 is whole already
             "faults": 1.0,
+            "refused_context": 0.0,
             "turns": 4.0,
             "tokens": 3.0,  # sampled ones, not what the environment put in
             "truncated": 0.0,
@@ -47,6 +52,27 @@ def test_two_crops_and_a_refusal() -> None:
         },
         nan_ok=True,
     )
+
+
+@pytest.mark.parametrize(("context", "refused"), [(45, 1.0), (65, 0.0)])
+def test_crops_that_the_context_has_no_room_for_are_counted(context: int, refused: float) -> None:
+    """The prompt is 7 tokens, a box 5, a crop 16: behind the first, 33 and 16 more do not fit into 45."""
+    box, answer = 'red {"bbox_2d": [8, 8, 24, 24]}', "I can read it now.</think><answer>7</answer>"
+    backbone = scripted([box + box + answer], crop=ScalerConfig(size=(32, 32)), context_length=context)
+    decoding = Decoding(0.0, max_turns=3, max_turn_tokens=12)
+    (rolled,) = LocalEngine().rollout(backbone, [Request(make_samples(1)[0], 0)], decoding)
+    numbers = measure(rolled)
+    assert numbers["refused_context"] == numbers["faults"] == refused
+    assert numbers["crops"] == 2 - refused
+    assert rolled.stop is StopReason.ANSWER  # nothing breaks
+    assert (REFUSALS["context"] in backbone.detokenize(rolled.completion_ids)) == bool(refused)
+    assert Tally(MEASURED).add([numbers]).means()["refused_context"] == refused  # what callbacks log
+
+
+def test_a_refusal_without_room_is_counted_too() -> None:
+    turns = (look(0, 0, 50, 20), Turn("", 0, 0, fault="order"), Turn("", 0, 0, fault="context"))
+    numbers = measure(trajectory(*turns, stop=StopReason.CONTEXT))
+    assert (numbers["faults"], numbers["refused_context"]) == (2.0, 1.0)
 
 
 def test_without_crops_their_sizes_are_unknown() -> None:

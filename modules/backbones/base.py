@@ -58,7 +58,7 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._encoded: WeakKeyDictionary[Visual, Tensor] = WeakKeyDictionary()
+        self.encoded: WeakKeyDictionary[Visual, Tensor] = WeakKeyDictionary()  # see `features`
 
     @abstractmethod
     def prompt_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
@@ -151,14 +151,15 @@ class Backbone(nn.Module, ABC):
 
     def features(self, visuals: Sequence[Visual]) -> list[Tensor]:
         """`encode`, and each visual once only while neither the vision tower nor the projector trains."""
-        if self._encoder_trains() or any(v.pixels.requires_grad for v in visuals):
+        if self.encoder_trains() or any(v.pixels.requires_grad for v in visuals):
             return self.encode(visuals)
-        new = [v for v in dict.fromkeys(visuals) if v not in self._encoded]
+        new = [v for v in dict.fromkeys(visuals) if v not in self.encoded]
         if new:
-            self._encoded.update(zip(new, self.encode(new), strict=True))
-        return [self._encoded[v] for v in visuals]
+            self.encoded.update(zip(new, self.encode(new), strict=True))
+        return [self.encoded[v] for v in visuals]
 
-    def _encoder_trains(self) -> bool:
+    def encoder_trains(self) -> bool:
+        """Whether the features of a visual change from step to step."""
         return any(p.requires_grad and self.part(name) != "language" for name, p in self.named_parameters())
 
     def learn(self) -> None:
@@ -188,7 +189,7 @@ class Backbone(nn.Module, ABC):
         resized = visuals[region.image].pixels.shape[-2:]
         coords = from_original(region.box, self.box_space, (height, width), (resized[0], resized[1]))
         bins = torch.tensor(coords, dtype=torch.float32) / self.bin_size
-        rounded = [round(k) * self.bin_size for k in bins.tolist()]
+        rounded = [round(round(k) * self.bin_size, 6) for k in bins.tolist()]  # 9 * 0.001 is 0.009000000000000001
         ids = self.tokenize(text + format_box(rounded, region.image if len(sample.images) > 1 else None))
         coordinates = torch.full(ids.shape, torch.nan, dtype=torch.float32)
         if self.coordinate_bins is not None:

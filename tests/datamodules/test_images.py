@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import struct
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,6 +40,29 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert image[:, 0, 1].tolist() == list(GREEN)  # top-left went to top-right
 
 
+TURNS = {  # EXIF orientation -> what makes an upright (3, H, W) of the pixels as stored
+    1: lambda x: x,
+    2: lambda x: x.flip(2),
+    3: lambda x: x.flip(1, 2),
+    4: lambda x: x.flip(1),
+    5: lambda x: x.transpose(1, 2),
+    6: lambda x: x.flip(1).transpose(1, 2),
+    7: lambda x: x.flip(1, 2).transpose(1, 2),
+    8: lambda x: x.flip(2).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["png", "tif", "webp"])
+def test_every_orientation_in_every_kind_of_file(tmp_path: Path, orientation: int, kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"a.{kind}", exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    stored = torch.from_numpy(pixels).permute(2, 0, 1)
+    assert torch.equal(load_image(tmp_path / f"a.{kind}"), TURNS[orientation](stored))
+
+
 def test_palette(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), RED).convert("P").save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png")[:, 0, 0].tolist() == list(RED)
@@ -49,6 +75,34 @@ def test_transparency_becomes_white(tmp_path: Path) -> None:
     assert load_image(tmp_path / "a.png")[:, 0].T.tolist() == [[255, 0, 0], [255, 255, 255]]
 
 
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
+    picture.putpixel((1, 0), (0, 0, 0, 51))
+    picture.save(tmp_path / "a.png")
+    # 255 * (1 - 128 / 255) = 127 of white in green and blue; 255 * (1 - 51 / 255) = 204 in black
+    assert load_image(tmp_path / "a.png")[:, 0].T.tolist() == [[255, 127, 127], [204, 204, 204]]
+
+
+def test_a_transparent_colour_and_grey_with_alpha_become_white(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (2, 1), RED)
+    picture.putpixel((1, 0), GREEN)
+    picture.save(tmp_path / "colour.png", transparency=RED)
+    assert load_image(tmp_path / "colour.png")[:, 0].T.tolist() == [[255, 255, 255], list(GREEN)]
+    grey = Image.new("LA", (2, 1), (7, 255))
+    grey.putpixel((1, 0), (7, 0))
+    grey.save(tmp_path / "grey.png")
+    assert load_image(tmp_path / "grey.png")[:, 0].T.tolist() == [[7, 7, 7], [255, 255, 255]]
+
+
+def test_cmyk_and_one_bit(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    assert (load_image(tmp_path / "a.jpg")[:, 4, 4].int() - torch.tensor(RED)).abs().max() <= 3
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.tif")
+    assert load_image(tmp_path / "a.tif")[:, 4, 4].tolist() == list(RED)
+    Image.new("1", (8, 8), 1).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").unique().tolist() == [255]
+
+
 def test_transparent_palette_becomes_white(tmp_path: Path) -> None:
     picture = Image.new("P", (2, 1), 1)
     picture.putpalette([0, 0, 0, 255, 0, 0])
@@ -57,16 +111,69 @@ def test_transparent_palette_becomes_white(tmp_path: Path) -> None:
     assert load_image(tmp_path / "a.png")[:, 0].T.tolist() == [[255, 255, 255], [255, 0, 0]]
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "a.jp2"])
 def test_16_bit_grey_is_scaled(tmp_path: Path, name: str) -> None:
-    Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(tmp_path / name)
-    assert load_image(tmp_path / name)[0, 0].tolist() == [0, 100, 255]
+    grey = np.array([[0, 257 * 100, 65535]] * 8, dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / name)
+    assert load_image(tmp_path / name)[:, 0].tolist() == [[0, 100, 255]] * 3
 
 
-def test_first_frame_of_an_animation(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (2, 2), colour) for colour in (RED, GREEN)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert load_image(tmp_path / "a.gif")[:, 0, 0].tolist() == list(RED)
+def test_16_bit_colours_keep_their_upper_bits(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)  # 2 x 1 pixels, 16 bits, RGB; Pillow does not write such
+    row = b"\0" + struct.pack(">6H", 0xFFFF, 0x8000, 0x0001, 0x00FF, 0x0100, 0x7FFF)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert load_image(tmp_path / "a.png")[:, 0].T.tolist() == [[255, 128, 0], [0, 1, 127]]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "why"),
+    [
+        (np.array([[0, 70_000]], dtype=np.int32), "integers of more than 16 bits"),
+        (np.array([[-1, 9]], dtype=np.int32), "integers of more than 16 bits"),
+        (np.array([[0.0, 1.0]], dtype=np.float32), "floating point"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path, pixels: np.ndarray, why: str) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(BadImage, match=why):
+        load_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_first_frame_of_an_animation_or_of_pages(tmp_path: Path, name: str) -> None:
+    first, *others = [Image.new("RGB", (2, 2), colour) for colour in (RED, GREEN, RED)]
+    first.save(tmp_path / name, save_all=True, append_images=others, **({"lossless": True} if "webp" in name else {}))
+    with Image.open(tmp_path / name) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert load_image(tmp_path / name)[:, 0, 0].tolist() == list(RED)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000), (3, 257)])
+def test_extreme_shapes(tmp_path: Path, size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert torch.equal(load_image(tmp_path / "a.png"), torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_a_large_picture_is_not_copied_as_a_whole(tmp_path: Path) -> None:
+    """Decoded, Pillow holds 4 bytes a pixel, the tensor 3: together 2.3 times the tensor."""
+    Image.new("RGB", (5000, 3000), RED).save(tmp_path / "a.png", compress_level=1)
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    try:
+        reset.write_text("5")  # the peak begins anew at what is used now
+    except OSError:
+        pytest.skip("the peak of this process's memory cannot be reset here")
+
+    def kilobytes(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+
+    before = kilobytes("VmRSS")
+    image = load_image(tmp_path / "a.png")
+    assert kilobytes("VmHWM") - before < 4 * image.nbytes / 1024
 
 
 def _half_a_photograph() -> bytes:

@@ -1,0 +1,1 @@
+"""What is exact, what is fast, and how both are measured."""
