@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from modules.functional.boxes import MAX_ASPECT, Fault, check, fit_to_grid, zoom_factor
 from modules.trajectory import Box
 
+AT_ONCE = 1 << 24  # source values that are floats at a time, so that no copy of a huge image is
 ROUNDING = 1e-2  # pixels by which a box of one pixel may fall short of it as float32
 
 
@@ -264,11 +265,14 @@ def _reduce(
     """
     batch, channels, source_height, source_width = pixels.shape
     number, height, width = len(rows), rows.shape[1], columns.shape[1]
-    # Laid out before it is converted: the other way round takes twenty times as long.
-    table = pixels.permute(0, 2, 1, 3).contiguous().to(row_weights.dtype).view(batch * source_height, -1)
-    bands = _bags(rows, image, source_height)
-    table = F.embedding_bag(bands, table, per_sample_weights=row_weights.flatten(0, 1), mode="sum")
-    table = table.view(number, height * channels, source_width).transpose(1, 2).reshape(number * source_width, -1)
+    bands, weights = _bags(rows, image, source_height), row_weights.flatten(0, 1)
+    reduced = []
+    for strip in pixels.split(max(1, AT_ONCE // (batch * channels * source_height)), dim=3):
+        # Laid out before it is converted: the other way round takes twenty times as long.
+        table = strip.permute(0, 2, 1, 3).contiguous().to(weights.dtype).view(batch * source_height, -1)
+        table = F.embedding_bag(bands, table, per_sample_weights=weights, mode="sum")
+        reduced.append(table.view(number, height * channels, -1))
+    table = torch.cat(reduced, 2).transpose(1, 2).reshape(number * source_width, -1)
     bands = _bags(columns, torch.arange(number, device=columns.device), source_width)
     table = F.embedding_bag(bands, table, per_sample_weights=column_weights.flatten(0, 1), mode="sum")
     return table.view(number, width, height, channels).permute(0, 3, 2, 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from modules.backbones.base import packed_mask
 from modules.backbones.cache import RaggedCache
 from modules.backbones.fragments import FragmentVocabulary, fragment_tokenizer
+from modules.backbones.projectors import ProjectorConfig
 from modules.backbones.timm_lm import (
     LanguageConfig,
     ScalerConfig,
@@ -214,7 +215,7 @@ def test_any_timm_encoder_gives_one_token_a_patch(name: str, size: int, tokens: 
         TokenizerConfig(vocabulary=FragmentVocabulary(FRAGMENTS)),
         ScalerConfig(size=(size, size)),
         ScalerConfig(size=(size, size)),
-        projector="mlp",
+        projector=ProjectorConfig("mlp"),
     ).eval()
     (visual,) = backbone.see([make_samples(1)[0].images[0]])
     (features,) = backbone.encode([visual])

@@ -375,3 +375,12 @@ def test_arguments_that_do_not_fit_are_reported(arguments: dict[str, object], ma
 def test_rules_that_make_no_sense_are_reported(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="Expected"):
         CropAndScale(**arguments)
+
+
+def test_huge_images_are_reduced_strip_by_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randint(0, 256, (3, 300, 420), dtype=torch.uint8)
+    boxes = torch.tensor([[10.3, 20.0, 400.0, 280.0], [0.0, 0.0, 420.0, 300.0]])
+    crop = CropAndScale(size=(32, 24))
+    whole = crop([image], boxes, torch.tensor([0, 0]))
+    monkeypatch.setattr("modules.crop.AT_ONCE", 5000)
+    assert all(torch.equal(a, b) for a, b in zip(whole, crop([image], boxes, torch.tensor([0, 0])), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import string
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +27,7 @@ from modules.engine import Decoding, LocalEngine, Request
 from modules.policy import freeze_matching
 from modules.replay import Replayer
 from modules.scoring import collate, token_log_probs
-from modules.trajectory import Sample, Step, Trajectory, Visual
+from modules.trajectory import Region, Sample, Step, Trajectory, Visual
 from tests.conftest import FRAGMENTS, make_samples
 
 VIT = {"embed_dim": 48, "depth": 1, "num_heads": 4, "dynamic_img_size": True}
@@ -393,7 +394,7 @@ def test_ratios_that_do_not_fit_the_projector_are_refused(kind: Any, ratio: int 
     ("given", "layers", "ratio"),
     [
         ({}, 1, 1),
-        ({"projector": "mlp"}, 3, 1),
+        ({"projector": {"kind": "mlp"}}, 3, 1),
         ({"projector": {"kind": "linear"}}, 1, 1),
         ({"projector": {"kind": "pixel_shuffle", "ratio": 2}}, 3, 2),
     ],
@@ -442,6 +443,20 @@ def test_a_question_that_cannot_be_read_is_told_once(caplog: pytest.LogCaptureFi
         LocalEngine().rollout(backbone, [Request(s, 0) for s in strange], Decoding(max_turn_tokens=2))
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.endswith("'Which bird?'")
+
+
+@pytest.mark.parametrize(
+    ("space", "text"),
+    [("unit", "[0.156, 0.125, 0.594, 0.953]"), ("thousand", "[156, 125, 594, 953]"), ("pixels", "[10, 8, 38, 61]")],
+)
+def test_boxes_in_digits_are_as_fine_as_their_space(space: Any, text: str, tmp_path: Path) -> None:
+    letters = TokenizerConfig(vocabulary=FragmentVocabulary(list(string.printable)))
+    build(tokenizer=letters).tokenizer.save_pretrained(tmp_path)
+    backbone = build(tokenizer=TokenizerConfig(str(tmp_path)), box_space=space)
+    sample = make_samples(1)[0]
+    ids, coordinates = backbone.write("", Region((10.0, 8.0, 38.0, 61.0)), sample, backbone.see(sample.images))
+    assert backbone.detokenize(ids) == f'{{"bbox_2d": {text}}}'
+    assert coordinates.isnan().all()
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_texts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from modules.backbones.base import Backbone, Part
 from modules.backbones.cache import RaggedCache
-from modules.backbones.masks import cap_logits, check_language_model, layer_masks
+from modules.backbones.masks import cap_logits, check_language_model, layer_masks, recompute_activations
 from modules.backbones.scaling import ScalerConfig
 from modules.functional.boxes import BoxSpace, SpaceKind
 from modules.trajectory import Sample, Visual
@@ -117,7 +117,7 @@ class HFVLMBackbone(Backbone):
             if m in (self.decoder, self.model.get_output_embeddings())
         )
         if checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(self.model)
         self.register_buffer("coordinate_bins", None, persistent=False)
         self.eos_ids = end_ids(self.model.generation_config, self.tokenizer.eos_token_id)
         banned = torch.zeros(self.model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device="cpu")

@@ -121,7 +121,7 @@ class TimmLMBackbone(Backbone):
         tokenizer: TokenizerConfig,
         image: ScalerConfig,
         crop: ScalerConfig,
-        projector: Literal["linear", "mlp"] | ProjectorConfig = "linear",
+        projector: ProjectorConfig = ProjectorConfig(),
         box_space: Literal["pixels", "resized", "unit", "thousand"] = "pixels",
         instruction: str = "",
         context_length: int | None = None,
@@ -138,6 +138,7 @@ class TimmLMBackbone(Backbone):
             self.tokenizer = loaded("tokenizer.name", AutoTokenizer.from_pretrained, tokenizer.name)
             self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)
             bins = None
+            self.bin_size = 0.001 if self.box_space.kind == "unit" else 1.0
         self.register_buffer("coordinate_bins", bins, persistent=False)
         self.image_token_id = cast(int, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
@@ -146,8 +147,7 @@ class TimmLMBackbone(Backbone):
         for name, given in (("mean", vision.mean), ("std", vision.std)):
             value = torch.as_tensor(known[name] if given is None else given, dtype=torch.float32)
             self.register_buffer(f"pixel_{name}", value.expand(3).reshape(3, 1, 1).clone(), persistent=False)
-        join = ProjectorConfig(projector) if isinstance(projector, str) else projector
-        self.ratio = join.ratio or 1
+        self.ratio = projector.ratio or 1
         self.patch = int(self.vision.feature_info[-1]["reduction"])
         self.cell = self.patch * self.ratio
         self.image_scaler, self.crop_scaler = image.build(self.cell), crop.build(self.cell)
@@ -157,7 +157,7 @@ class TimmLMBackbone(Backbone):
         self.text_config = self.language.config.get_text_config()
         self.context_length = context_length or longest_sequence(self.text_config)
         words, width = self.language.get_input_embeddings().weight.shape
-        self.projector = join.build(features.shape[-1], width)
+        self.projector = projector.build(features.shape[-1], width)
         # The language model's own positions are one-dimensional: it is told row, column and role as well.
         self.spatial_scale = nn.Parameter(torch.full((width,), 0.5))
         self.roles = nn.ParameterDict({r: nn.Parameter(0.1 * torch.randn(width)) for r in ("image", "crop")})

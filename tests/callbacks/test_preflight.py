@@ -46,6 +46,12 @@ ROLLOUT: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests write predictions where they run."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def write_data(tmp_path: Path) -> Callable[..., str]:
     """Write a VLIR file of questions with rationales about images of the given sizes; returns its path."""
@@ -269,8 +275,7 @@ def test_values_that_make_no_sense(name: str, value: float) -> None:
         Preflight(**{name: value})  # type: ignore[arg-type]
 
 
-def test_the_command_line_has_a_group_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_command_line_has_a_group_for_it() -> None:
     Path("base.yaml").write_text(CONFIG)
     given = ["--preflight.self_check", "false", "--preflight.tolerance=0.1", "--preflight.images=7"]
     run = cli(["fit", "--config=base.yaml", "--run_dir=run", "--trainer.max_steps=1", *given])
