@@ -87,14 +87,14 @@ class LocalEngine(RolloutEngine):
         try:
             trajectories: list[Trajectory] = []
             for wave in waves(requests, self.max_batch):
-                trajectories += _Flight(backbone, wave, decoding).run()
+                trajectories += Flight(backbone, wave, decoding).run()
             return trajectories
         finally:
             backbone.train(was_training)
 
 
 @dataclass(eq=False)
-class _Row:
+class Row:
     """What is known of a trajectory in flight besides its tokens."""
 
     request: Request
@@ -107,7 +107,7 @@ class _Row:
     stop: StopReason | None = None
 
 
-class _Flight:
+class Flight:
     """A batch of trajectories that advance together, whatever their turn.
 
     ``active[b]`` is the trajectory in row b of the cache; finished ones leave it.
@@ -135,10 +135,10 @@ class _Flight:
                 self.active, ids = self.active[staying], ids[staying]
                 self.cache.select(staying.nonzero()[:, 0])
             if len(self.active):
-                self._advance(ids, chunks)
+                self.advance(ids, chunks)
         return [self._trajectory(k) for k in range(len(self.rows))]
 
-    def _prefill(self, requests: Sequence[Request]) -> tuple[list[_Row], Tensor]:
+    def _prefill(self, requests: Sequence[Request]) -> tuple[list[Row], Tensor]:
         """Each distinct prompt once; its cache and last hidden state repeated for its trajectories."""
         samples = [requests[0].sample]
         repeats = [0]
@@ -154,7 +154,7 @@ class _Flight:
         copies = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(repeats))
         self.cache.select(copies.to(self.device))
         rows = [
-            _Row(request, prompts[k], list(seen[k]), UniformStream(request.seed), placed[k][1])
+            Row(request, prompts[k], list(seen[k]), UniformStream(request.seed), placed[k][1])
             for request, k in zip(requests, copies.tolist(), strict=True)
         ]
         return rows, hidden[copies.to(self.device)]
@@ -274,7 +274,7 @@ class _Flight:
         """Whether ``extra`` tokens and one more to write fit into the context."""
         return len(self.rows[k].prompt) + int(self.lengths[k]) + extra < self.backbone.context_length
 
-    def _advance(self, ids: Tensor, chunks: dict[int, tuple[Tensor, list[Visual]]]) -> None:
+    def advance(self, ids: Tensor, chunks: dict[int, tuple[Tensor, list[Visual]]]) -> None:
         """Append to every active row its token, and what the environment put behind it."""
         active = self.active.tolist()
         rows = [self.rows[k] for k in active]

@@ -109,7 +109,15 @@ class PolicyModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains, and its schedule, stepped by `update`."""
-        optimizer = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
+        trained = [p for p in self.backbone.parameters() if p.requires_grad]
+        half = sorted({str(p.dtype).removeprefix("torch.") for p in trained if p.dtype.itemsize < 4})
+        if half:
+            logger.warning(
+                "Weights of %s train: a step of less than about a 256th of a weight is lost in their rounding. Train "
+                "float32 (`trainer.precision: bf16-mixed`), or adapters (`lora.rank`).",
+                ", ".join(half),
+            )
+        optimizer = self.optimizer(trained)
         if self.trainer.estimated_stepping_batches == float("inf"):
             raise PolicyError("Expected `trainer.max_steps` or `trainer.max_epochs` to say how long training is.")
         steps = int(self.trainer.estimated_stepping_batches) * self.steps_per_batch  # Lightning counts one a batch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modules.backbones.base import Backbone
-from modules.engine import Decoding, Request, _Flight
+from modules.engine import Decoding, Request, Flight
 from modules.policy import PolicyError
 from modules.scoring import collate
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Visual
@@ -207,13 +207,13 @@ class Rolled:
 
 def roll_out(backbone: Backbone, rows: Sequence[Script]) -> Rolled:
     """Play scripts as a rollout does: by the engine's own steps."""
-    flight = _Flight(backbone, [Request(row.sample, 0) for row in rows], Decoding())
+    flight = Flight(backbone, [Request(row.sample, 0) for row in rows], Decoding())
     hidden = [flight.hidden]
     last = [[len(row.prompt) - 1 for row in flight.rows]]
     for step in range(STEPS - 1):  # behind the last written token nothing is predicted
         ids = torch.stack([row.written[step] for row in rows])
         shown = {k: (row.shown[step], [row.crops[step]]) for k, row in enumerate(rows) if step in row.crops}
-        flight._advance(ids.to(backbone.device), shown)
+        flight.advance(ids.to(backbone.device), shown)
         hidden.append(flight.hidden)
         last.append([len(row.shown.get(step, ())) for row in rows])
     trajectories = [played(row, state.prompt, state.visuals) for row, state in zip(rows, flight.rows, strict=True)]

@@ -226,3 +226,10 @@ def test_warm_start_from_the_fixture_is_a_copy(zooming: TimmLMBackbone) -> None:
     before = weights(zooming)
     fit(SFTModule(fresh(zooming), optimizer=ADAM), [SampleBatch(make_samples(2))])
     assert furthest(weights(zooming), before) == 0
+
+
+def test_training_weights_of_half_precision_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for dtype, warned in ((torch.float32, False), (torch.bfloat16, True)):
+        caplog.clear()
+        fit(SFTModule(make_backbone().to(dtype), optimizer=ADAM), [SampleBatch(make_samples(2))])
+        assert ("Weights of bfloat16 train" in caplog.text) == warned
