@@ -33,7 +33,7 @@ from modules.backbones.cache import RaggedCache
 from modules.backbones.fragments import FragmentVocabulary
 from modules.backbones.hf_vlm import HFVLMBackbone, load
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.scaling import ScalerConfig, TokenLimits
+from modules.backbones.scaling import ScalerConfig
 from modules.backbones.timm_lm import LanguageConfig, TimmLMBackbone, TokenizerConfig, VisionConfig
 from modules.engine import Decoding, LocalEngine, Request
 from modules.environment import Look, respond
@@ -461,7 +461,7 @@ def backbone_of(name: str, folder: Path) -> Backbone:
 def tiny(family: str, folder: Path) -> HFVLMBackbone:
     """The backbone of a folder that `build` wrote, with limits within those of its image processor."""
     if family.startswith("qwen"):
-        return QwenVLBackbone(str(folder), TokenLimits(4, 64), TokenLimits(4, 32), instruction="\nLook closely.")
+        return QwenVLBackbone(str(folder), (4, 64), (4, 32), instruction="\nLook closely.")
     limits = ScalerConfig(min_pixels=4 * 28**2, max_pixels=64 * 28**2)
     return HFVLMBackbone(str(folder), image=limits, crop=limits, instruction="\nLook closely.")
 

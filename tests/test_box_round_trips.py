@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from benchmarks.families import build
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.scaling import TokenLimits
 from modules.environment import Look, respond
 from modules.functional.boxes import SpaceKind
 from modules.functional.grammar import format_box
@@ -19,7 +18,7 @@ from modules.trajectory import Box, Region, Sample, Visual
 
 SPACES: tuple[SpaceKind, ...] = ("pixels", "resized", "unit", "thousand")
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-LIMITS = TokenLimits(4, 64)  # 3,136 to 50,176 pixels
+LIMITS = (4, 64)  # tokens: 3,136 to 50,176 pixels
 Get = Callable[[SpaceKind], QwenVLBackbone]
 
 sides = st.one_of(st.integers(1, 100), st.integers(1, 4000))

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.families import build
 from modules.backbones.cache import RaggedCache
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.scaling import TokenLimits
 from modules.backbones.timm_lm import ScalerConfig, TimmLMBackbone
 from modules.budget import (
     Memory,
@@ -243,7 +242,7 @@ def test_the_language_model_is_found(backbone: TimmLMBackbone) -> None:
 
 def test_a_real_family(tmp_path: Path) -> None:
     """Qwen2.5-VL: a token for a cell of 28 x 28 pixels, and one on either side of an image."""
-    backbone = QwenVLBackbone(str(build("qwen2_5_vl", tmp_path)), image=TokenLimits(4, 64), crop=TokenLimits(4, 16))
+    backbone = QwenVLBackbone(str(build("qwen2_5_vl", tmp_path)), image_tokens=(4, 64), crop_tokens=(4, 16))
     config = language_config(backbone)
     assert (config.model_type, config.num_key_value_heads) == ("qwen2_5_vl_text", 2)
     table = token_table(backbone, [(280, 140), (2800, 2800)])

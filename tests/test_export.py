@@ -22,7 +22,6 @@ from benchmarks.families import build
 from callbacks.export import Export
 from commands.cli import cli
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.scaling import TokenLimits
 from modules.export import ExportError, export_policy
 from modules.lora import LoRA, add_lora
 from modules.policy import PolicyModule
@@ -43,8 +42,8 @@ model:
       class_path: QwenVLBackbone
       init_args:
         model: ${{vars.base}}
-        image: {{min_tokens: 4, max_tokens: 16}}
-        crop: {{min_tokens: 4, max_tokens: 16}}
+        image_tokens: [4, 16]
+        crop_tokens: [4, 16]
     lora: {{rank: 4, alpha: 8, targets: [language, vision]}}
     optimizer:
       class_path: torch.optim.AdamW
@@ -254,7 +253,7 @@ def test_adapters_of_a_run_that_began_elsewhere_have_another_base(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """R-GRPO's adapters go on the merged policy of the warm-up, not on the model that this one started from."""
-    backbone = QwenVLBackbone(str(run.base), image=TokenLimits(4, 16), crop=TokenLimits(4, 16))
+    backbone = QwenVLBackbone(str(run.base), image_tokens=(4, 16), crop_tokens=(4, 16))
     module = SFTModule(backbone, init_from=run.checkpoint, lora=LoRA(rank=2))
     scramble(backbone)
     fit = trainer(tmp_path / "fit", max_steps=1)

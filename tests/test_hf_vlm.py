@@ -15,14 +15,13 @@ from torch import Tensor
 from benchmarks.families import build
 from modules.backbones.hf_vlm import HFVLMBackbone
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.scaling import TokenLimits
 from modules.engine import Decoding, LocalEngine, Request, see_images
 from modules.policy import freeze_matching
 from modules.rgrpo import RGRPOModule
 from modules.scoring import collate, token_log_probs
 from modules.trajectory import Region, Sample, Step
 
-LIMITS = TokenLimits(4, 16)
+LIMITS = (4, 16)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def qwen(folders: Callable[[str], Path]) -> QwenVLBackbone:
 
 
 def make_qwen(folder: Path, **options: Any) -> QwenVLBackbone:
-    backbone = QwenVLBackbone(str(folder), **{"image": LIMITS, "crop": LIMITS, **options})
+    backbone = QwenVLBackbone(str(folder), **{"image_tokens": LIMITS, "crop_tokens": LIMITS, **options})
     return backbone.eval()  # type: ignore[return-value]
 
 
@@ -199,7 +198,7 @@ def test_checkpointed_gradients_are_the_same(folders: Callable[[str], Path], qwe
 
 
 def test_token_limits_of_images_and_crops_act(folders: Callable[[str], Path]) -> None:
-    backbone = make_qwen(folders("qwen2_5_vl"), image=TokenLimits(4, 30), crop=TokenLimits(6, 9))
+    backbone = make_qwen(folders("qwen2_5_vl"), image_tokens=(4, 30), crop_tokens=(6, 9))
     large, small = picture(900, 700), picture(30, 30)
     whole = backbone.see([large, small])
     crops = backbone.look([large, large], [Region((0, 0, 700, 900)), Region((0, 0, 20, 20))])

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from benchmarks.families import build
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.scaling import TokenLimits
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.lora import LoRA, adapted_layers, add_lora, merge_lora, without_lora
 from modules.policy import PolicyError
@@ -269,10 +268,10 @@ def test_init_from_another_backbones_adapters_is_refused(tmp_path: Path) -> None
 
 def test_adapters_learn_through_recomputed_layers(tmp_path: Path) -> None:
     """Nothing that enters the language model has a gradient: recomputing must not depend on it."""
-    folder, limits = str(build("qwen2_5_vl", tmp_path)), TokenLimits(4, 16)
+    folder, limits = str(build("qwen2_5_vl", tmp_path)), (4, 16)
     gradients = []
     for recompute in (False, True):
-        backbone = QwenVLBackbone(folder, image=limits, crop=limits, gradient_checkpointing=recompute)
+        backbone = QwenVLBackbone(folder, image_tokens=limits, crop_tokens=limits, gradient_checkpointing=recompute)
         add_lora(backbone, LoRA(rank=2))
         scramble(backbone)
         torch.manual_seed(0)

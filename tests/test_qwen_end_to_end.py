@@ -19,7 +19,7 @@ from modules.sft import SFTModule
 from tests.conftest import CARDS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-LIMITS = {"min_tokens": 4, "max_tokens": 64}
+LIMITS = [4, 64]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def overlay(tmp_path: Path, folder: Path) -> Path:
     """What makes a recipe small enough for a test."""
-    backbone = {"model": str(folder), "image": LIMITS, "crop": LIMITS, "context_length": 1024}
+    backbone = {"model": str(folder), "image_tokens": LIMITS, "crop_tokens": LIMITS, "context_length": 1024}
     config: dict[str, Any] = {
         "model": {"init_args": {"backbone": {"init_args": backbone}, "micro_batch": 16}},
         "data": {"init_args": {"root": str(CARDS), "batch_size": 8, "num_workers": 0}},

@@ -19,9 +19,9 @@ class QwenVLBackbone(HFVLMBackbone):
 
     Args:
         model: hub name or local folder.
-        image: visual tokens of whole images; a token is a cell of 28 x 28 pixels (Qwen3-VL: 32 x 32). VLM-R3's
-            published code: 4 to 2,048 in warm-up, 4 to 4,096 in R-GRPO, 32 to 8,192 in evaluation.
-        crop: visual tokens of crops (there: 4 to 1,024 in training, 32 to 4,096 in evaluation).
+        image_tokens: least and most visual tokens of a whole image; a token is a cell of 28 x 28 pixels (Qwen3-VL:
+            32 x 32). VLM-R3's published code: 4 to 2,048 in warm-up, 4 to 4,096 in R-GRPO, 32 to 8,192 in evaluation.
+        crop_tokens: likewise of crops (there: 4 to 1,024 in training, 32 to 4,096 in evaluation).
         kwargs: see `HFVLMBackbone`.
 
     Raises:
@@ -31,11 +31,11 @@ class QwenVLBackbone(HFVLMBackbone):
     def __init__(
         self,
         model: str,
-        image: TokenLimits = TokenLimits(4, 4096),
-        crop: TokenLimits = TokenLimits(4, 1024),
+        image_tokens: tuple[int, int] = (4, 4096),
+        crop_tokens: tuple[int, int] = (4, 1024),
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, image=image, crop=crop, **kwargs)  # type: ignore[arg-type]
+        super().__init__(model, image=TokenLimits(*image_tokens), crop=TokenLimits(*crop_tokens), **kwargs)  # type: ignore[arg-type]
         family = self.model.config.model_type
         if not family.startswith("qwen") or self.grid is None or self._rope is None:
             raise ValueError(
