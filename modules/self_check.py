@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modules.backbones.base import Backbone
-from modules.engine import Decoding, Request, Flight
+from modules.engine import Decoding, Flight, Request
 from modules.policy import PolicyError
 from modules.scoring import collate
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Visual
