@@ -16,7 +16,7 @@ from torch import Tensor
 from modules.engine import Decoding, GroupSampler, LocalEngine, Request, RolloutEngine
 from modules.metrics import MEASURED, Tally, measure
 from modules.policy import PolicyError, PolicyModule
-from modules.rewards import Reward, check_gates, score
+from modules.rewards import Reward, check_failures, check_gates, score
 from modules.rgrpo import RGRPOModule
 from modules.trajectory import Group, Sample, SampleBatch, StopReason, Trajectory
 
@@ -33,6 +33,7 @@ class RolloutCallback(L.Callback):
         evaluations: decodings of validation and test by name. Metrics of the one called ``greedy`` are
             ``val/<metric>``, of the others ``val/<name>/<metric>``.
         seed: of the rollouts.
+        max_failed: share of an iteration's trajectories on this rank that may go unjudged; more ends the run.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class RolloutCallback(L.Callback):
         decoding: Decoding = Decoding(),
         evaluations: dict[str, Decoding] | None = None,
         seed: int = 0,
+        max_failed: float = 1.0,
     ) -> None:
         self.engine = engine or LocalEngine()
         self.sampler = sampler
@@ -51,6 +53,7 @@ class RolloutCallback(L.Callback):
         self.decoding = decoding
         self.evaluations = evaluations or {"greedy": replace(self.decoding, temperature=0.0)}
         self.seed = seed
+        self.max_failed = max_failed
         self.iteration = 0
         self._predictions: TextIO | None = None
         self._tallies: dict[str, Tally] = {}
@@ -62,6 +65,11 @@ class RolloutCallback(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.iteration = state_dict["iteration"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """A service that a reward needs is missed now, not after the first rollout; predictions are not judged."""
+        for reward in self.rewards.values() if stage != "predict" else ():
+            reward.setup()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """R-GRPO learns from rewards only."""
@@ -81,6 +89,7 @@ class RolloutCallback(L.Callback):
         requests = self.sampler.requests(batch.samples, seed)
         trajectories = self._rollout(trainer, pl_module, requests, self.decoding)
         components, totals = score(self.rewards, trajectories)
+        check_failures(self.rewards, components, totals, self.max_failed)
         size = self.sampler.size
         for n, sample in enumerate(batch.samples):
             members = slice(n * size, (n + 1) * size)
@@ -211,6 +220,7 @@ def training_metrics(groups: list[Group]) -> dict[str, Tensor | float]:
     for name in groups[0].rewards:
         values = torch.cat([g.rewards[name] for g in groups])
         metrics[f"train/reward/{name}"] = float(values.nanmean())
+        metrics[f"train/reward/failed/{name}"] = float(values.isnan().float().mean())
     totals = torch.stack([g.totals for g in groups])
     advantages = torch.stack([g.advantages for g in groups])
     metrics["train/reward/total"] = float(totals.nanmean())

@@ -16,22 +16,26 @@ from modules.backbones.qwen_vl import QwenVLBackbone
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import GroupSampler, LocalEngine, RolloutEngine
 from modules.policy import PolicyModule
-from modules.rewards import Accuracy, Format, Length, RegionValidity, Reward
+from modules.rewards import Accuracy, CropCost, Format, IoU, Judge, Length, RegionValidity, Repetition, Reward
 from modules.rgrpo import RGRPOModule
 from modules.sft import SFTModule
 
 __all__ = [
     "Accuracy",
     "Backbone",
+    "CropCost",
     "Format",
     "GroupSampler",
     "HFVLMBackbone",
+    "IoU",
+    "Judge",
     "Length",
     "LocalEngine",
     "PolicyModule",
     "QwenVLBackbone",
     "RGRPOModule",
     "RegionValidity",
+    "Repetition",
     "Reward",
     "RolloutEngine",
     "SFTModule",

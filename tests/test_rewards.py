@@ -135,9 +135,13 @@ EXAMPLES = {
 
 # Rewards of the same names, that a file before the preset may have set: nothing of them may stay.
 OTHERS = """
-accuracy: {class_path: Accuracy, init_args: {weight: 2.0}}
+accuracy:
+  class_path: Accuracy
+  init_args: {kind: anls, by_source: {s: list}, threshold: 0.9, tolerance: 0.9, weight: 2.0}
 format: {class_path: Format, init_args: {form: final_answer, weight: 0.1}}
-region: {class_path: RegionValidity, init_args: {rule: all_valid, weight: 0.1, requires: format}}
+region:
+  class_path: RegionValidity
+  init_args: {rule: all_valid, min_side: 30, min_area: 0.3, max_area: 0.5, max_overlap: 0.5, requires: format}
 length: {class_path: Length, init_args: {per_character: 1.0, cap: 9.0, of: shortest_segment, requires: accuracy}}
 """
 

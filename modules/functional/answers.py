@@ -39,7 +39,7 @@ def normalise(text: str) -> str:
     return " ".join(bare.split()) or plain
 
 
-def _same(a: str, b: str) -> bool:
+def same(a: str, b: str) -> bool:
     """Whether two texts are equal once normalised: numbers as numbers, all else as text."""
     a, b = normalise(a), normalise(b)
     if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
@@ -47,20 +47,26 @@ def _same(a: str, b: str) -> bool:
     return a == b and a != ""
 
 
-def _choice(text: str, choices: Sequence[str]) -> int | None:
+def option(text: str, choices: Sequence[str]) -> int | None:
     """Which option a text names: "B", "(B)", "B.", the option's exact text, or "B. text"; None if none."""
     text = text.strip()
     letter = _LETTER.fullmatch(text)
     if letter is not None and (index := _letter_index(letter.group(1))) < len(choices):
         return index
     for index, choice in enumerate(choices):
-        if _same(text, choice):
+        if same(text, choice):
             return index
     # Only now, for an option may itself look like "A. Lincoln".
     letter = _LETTER_AND_TEXT.match(text)
     if letter is not None and (index := _letter_index(letter.group(1) or letter.group(2))) < len(choices):
         return index
     return None
+
+
+def option_letter(text: str) -> str | None:
+    """The option's letter that a text begins with or is, in upper case: of "B", "(b)", "B." and "B. text"."""
+    found = _LETTER.fullmatch(text.strip()) or _LETTER_AND_TEXT.match(text.strip())
+    return None if found is None else next(group for group in found.groups() if group).upper()
 
 
 def _letter_index(letter: str) -> int:
@@ -76,7 +82,7 @@ def matches(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()
         choices: the options of a multiple-choice question, A first. A prediction that names one of
             them is right if an answer names the same; one that names none is compared as text.
     """
-    picked = _choice(prediction, choices)
+    picked = option(prediction, choices)
     if picked is not None:
-        return any(_choice(answer, choices) == picked for answer in answers)
-    return any(_same(prediction, answer) for answer in answers)
+        return any(option(answer, choices) == picked for answer in answers)
+    return any(same(prediction, answer) for answer in answers)

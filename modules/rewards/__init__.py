@@ -1,0 +1,23 @@
+"""Rewards: named objects, each with a weight and a gate, swapped by config and logged alone."""
+
+from modules.rewards.accuracy import Accuracy
+from modules.rewards.base import RESERVED, Reward, check_failures, check_gates, score
+from modules.rewards.judge import Judge
+from modules.rewards.regions import CropCost, IoU, RegionValidity
+from modules.rewards.text import Format, Length, Repetition
+
+__all__ = [
+    "RESERVED",
+    "Accuracy",
+    "CropCost",
+    "Format",
+    "IoU",
+    "Judge",
+    "Length",
+    "RegionValidity",
+    "Repetition",
+    "Reward",
+    "check_failures",
+    "check_gates",
+    "score",
+]
