@@ -8,15 +8,13 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import lightning as L
-import torch
-from torch import Tensor
 
 from callbacks.rollout import RolloutCallback
-from modules.counterfactual import Replacement, log_likelihoods, retold, with_answer
+from modules.counterfactual import Replacement, likelihood_gaps
 from modules.engine import Request
 from modules.metrics import Tally
 from modules.policy import PolicyModule
-from modules.trajectory import Group, SampleBatch, Trajectory
+from modules.trajectory import Group, SampleBatch
 
 
 class CropAudit(L.Callback):
@@ -152,27 +150,10 @@ def compare(
     again = rollout.engine.rollout(module.backbone, requests, decoding)
     judged = [float(rollout.rewards["accuracy"](trajectory)) for trajectory in again]
     before = [float(group.rewards["accuracy"][0]) for group in groups]
-    gaps = likelihood_gaps(module, [group.trajectories[0] for group in groups], how).tolist()
+    told = [group.trajectories[0] for group in groups]
+    size = module.micro_batch or len(told)
+    gaps = likelihood_gaps(module.backbone, told, how, size, module.row_tokens, module.head_chunk).tolist()
     return [
         {"accuracy": a, "accuracy_gap": b - a, "log_likelihood_gap": gap}
         for a, b, gap in zip(judged, before, gaps, strict=True)
     ]
-
-
-def likelihood_gaps(module: PolicyModule, trajectories: Sequence[Trajectory], how: Replacement) -> Tensor:
-    """(N,) log-likelihood of the first right answer with the crops minus without; NaN where nothing was looked at."""
-    gaps = torch.full((len(trajectories),), torch.nan)
-    usable = [
-        n for n, t in enumerate(trajectories) if t.sample.answers and any(turn.crop is not None for turn in t.turns)
-    ]
-    backbone = module.backbone
-    told = [with_answer(backbone, trajectories[n], trajectories[n].sample.answers[0]) for n in usable]
-    size = module.micro_batch or max(len(told), 1)
-    for start in range(0, len(told), size):
-        part = told[start : start + size]
-        values = [
-            log_likelihoods(backbone, version, module.row_tokens, module.head_chunk)
-            for version in (part, retold(part, backbone, how, start))
-        ]
-        gaps[usable[start : start + size]] = (values[0] - values[1]).float().cpu()
-    return gaps

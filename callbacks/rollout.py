@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import lightning as L
 import torch
@@ -69,7 +69,7 @@ class RolloutCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """A service that a reward needs is missed now, not after the first rollout; predictions are not judged."""
         for reward in self.rewards.values() if stage != "predict" else ():
-            reward.setup()
+            reward.setup(cast(PolicyModule, pl_module))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """R-GRPO learns from rewards only."""
@@ -88,7 +88,8 @@ class RolloutCallback(L.Callback):
             return
         requests = self.sampler.requests(batch.samples, seed)
         trajectories = self._rollout(trainer, pl_module, requests, self.decoding)
-        components, totals = score(self.rewards, trajectories)
+        with trainer.precision_plugin.forward_context():  # some rewards ask the policy
+            components, totals = score(self.rewards, trajectories)
         check_failures(self.rewards, components, totals, self.max_failed)
         size = self.sampler.size
         for n, sample in enumerate(batch.samples):
@@ -180,9 +181,10 @@ class RolloutCallback(L.Callback):
             # the same noise for a question in every evaluation, whatever batch it comes in
             requests = [Request(s, _stable_seed(s, self.seed)) for s in batch.samples]
             trajectories = self._rollout(trainer, pl_module, requests, decoding)
-            components, totals = score(
-                self.rewards if self._tallies else {}, trajectories
-            )  # predictions are not judged
+            with trainer.precision_plugin.forward_context():
+                components, totals = score(
+                    self.rewards if self._tallies else {}, trajectories
+                )  # predictions are not judged
             batch.evaluations[mode] = [
                 Group(
                     sample=t.sample,

@@ -16,7 +16,18 @@ from modules.backbones.qwen_vl import QwenVLBackbone
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import GroupSampler, LocalEngine, RolloutEngine
 from modules.policy import PolicyModule
-from modules.rewards import Accuracy, CropCost, Format, IoU, Judge, Length, RegionValidity, Repetition, Reward
+from modules.rewards import (
+    Accuracy,
+    CropCost,
+    Format,
+    InformationGain,
+    IoU,
+    Judge,
+    Length,
+    RegionValidity,
+    Repetition,
+    Reward,
+)
 from modules.rgrpo import RGRPOModule
 from modules.sft import SFTModule
 
@@ -27,6 +38,7 @@ __all__ = [
     "Format",
     "GroupSampler",
     "HFVLMBackbone",
+    "InformationGain",
     "IoU",
     "Judge",
     "Length",

@@ -136,3 +136,40 @@ def log_likelihoods(backbone: Backbone, trajectories: Sequence[Trajectory], row_
     log_probs, _ = token_log_probs(backbone, batch, chunk)
     sums = torch.zeros(len(trajectories), dtype=log_probs.dtype, device=log_probs.device)
     return sums.index_add_(0, batch.owners, log_probs)
+
+
+def likelihood_gaps(
+    backbone: Backbone,
+    trajectories: Sequence[Trajectory],
+    how: Replacement,
+    at_once: int,
+    row_tokens: int,
+    chunk: int,
+) -> Tensor:
+    """How much the crops say about the right answer.
+
+    Args:
+        backbone: the policy.
+        trajectories: N of its own.
+        how: what is shown in place of the crops.
+        at_once: trajectories in one pass.
+        row_tokens: see `functional.packing.pack`.
+        chunk: sampled tokens whose logits exist at a time.
+
+    Returns:
+        (N,) float32, nats: log-likelihood of the first right answer behind the crops minus behind their
+        replacements; NaN for trajectories without a crop and questions without an answer.
+    """
+    gaps = torch.full((len(trajectories),), torch.nan)
+    usable = [
+        n for n, t in enumerate(trajectories) if t.sample.answers and any(turn.crop is not None for turn in t.turns)
+    ]
+    told = [with_answer(backbone, trajectories[n], trajectories[n].sample.answers[0]) for n in usable]
+    for start in range(0, len(told), at_once):
+        part = told[start : start + at_once]
+        seen, unseen = (
+            log_likelihoods(backbone, version, row_tokens, chunk)
+            for version in (part, retold(part, backbone, how, start))
+        )
+        gaps[usable[start : start + at_once]] = (seen - unseen).float().cpu()
+    return gaps

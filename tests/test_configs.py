@@ -21,8 +21,8 @@ def command_of(name: str) -> list[str]:
     """The arguments of the first command in a file's opening comment."""
     comment = [line[1:].strip() for line in (ROOT / name).read_text().splitlines() if line.startswith("#")]
     joined = re.sub(r"\\\s*\n", " ", "\n".join(comment))
-    line = next(line for line in joined.splitlines() if line.startswith("python train.py"))
-    return shlex.split(line)[2:]
+    line = next(line for line in joined.splitlines() if "python train.py" in line)
+    return shlex.split(line.partition("python train.py ")[2])  # what stands before it sets the environment
 
 
 def printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

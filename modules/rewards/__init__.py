@@ -2,6 +2,7 @@
 
 from modules.rewards.accuracy import Accuracy
 from modules.rewards.base import RESERVED, Reward, check_failures, check_gates, score
+from modules.rewards.information import InformationGain
 from modules.rewards.judge import Judge
 from modules.rewards.regions import CropCost, IoU, RegionValidity
 from modules.rewards.text import Format, Length, Repetition
@@ -11,6 +12,7 @@ __all__ = [
     "Accuracy",
     "CropCost",
     "Format",
+    "InformationGain",
     "IoU",
     "Judge",
     "Length",

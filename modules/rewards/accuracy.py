@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from modules.functional.graders import Kind, grade, kind_of
+from modules.policy import PolicyModule
 from modules.rewards.base import Reward
 from modules.rewards.judge import Judge
 from modules.rewards.mathematics import WORKER, MathWorkerError, check_installed
@@ -49,12 +50,12 @@ class Accuracy(Reward):
         self.by_source: Mapping[str, Kind] = {name.lower(): chosen for name, chosen in (by_source or {}).items()}
         self.tolerance, self.threshold, self.judge = tolerance, threshold, judge
 
-    def setup(self) -> None:
+    def setup(self, policy: PolicyModule) -> None:
         """See `Reward`."""
         if self.kind in ("auto", "math") or "math" in self.by_source.values():
             check_installed()
         if self.judge is not None:
-            self.judge.setup()
+            self.judge.setup(policy)
 
     def kind_of(self, sample: Sample) -> Kind:
         """How the answers of a sample are compared."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from modules.policy import PolicyError
+from modules.policy import PolicyError, PolicyModule
 from modules.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -45,8 +45,11 @@ class Reward(ABC):
         """The values of many trajectories, in their order: for rewards that are faster at many at once."""
         return [self(trajectory) for trajectory in trajectories]
 
-    def setup(self) -> None:  # noqa: B027  # most need nothing
+    def setup(self, policy: PolicyModule) -> None:  # noqa: B027  # most need nothing
         """Called once before the first rollout that is judged: say what is missing before anything is spent.
+
+        Args:
+            policy: whose trajectories are judged, for rewards that ask it.
 
         Raises:
             PolicyError: if the reward cannot be computed here.

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from modules.policy import PolicyError
+from modules.policy import PolicyError, PolicyModule
 from modules.rewards.base import Reward
 from modules.rewards.chat import ChatClient, ChatError
 from modules.trajectory import Trajectory
@@ -85,7 +85,7 @@ class Judge(Reward):
             deadline=deadline,
         )
 
-    def setup(self) -> None:
+    def setup(self, policy: PolicyModule) -> None:
         """See `Reward`."""
         try:
             self.client.check()

@@ -25,6 +25,7 @@ from tests.test_rewards import say, trajectory
 
 KEY = "sk-secret-of-this-test"
 Reply = tuple[int, str]  # status, body
+NOBODY: Any = None  # the policy, which a judge does not ask
 
 
 def completion(text: str) -> Reply:
@@ -228,23 +229,23 @@ def test_nothing_is_asked_where_the_value_is_known(service: Service) -> None:
 
 
 def test_the_start_says_what_is_missing(service: Service, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    judge(service).setup()
+    judge(service).setup(NOBODY)
     service.reply = lambda prompt, nth: (404, "no such page")  # an endpoint that does not list its models
-    judge(service).setup()
+    judge(service).setup(NOBODY)
     service.reply = lambda prompt, nth: (401, "bad key")
     with pytest.raises(PolicyError, match="HTTP 401"):
-        judge(service).setup()
+        judge(service).setup(NOBODY)
     absent = Judge("m", "http://127.0.0.1:9/v1", key_variable="JUDGE_KEY", timeout=5.0)
     with pytest.raises(PolicyError, match=r"127\.0\.0\.1:9/v1/models: cannot be reached"):
-        absent.setup()
+        absent.setup(NOBODY)
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(PolicyError, match="Expected the environment to hold JUDGE_KEY"):
-        judge(service).setup()
+        judge(service).setup(NOBODY)
     with pytest.raises(PolicyError, match="JUDGE_KEY"):  # through whatever asks it
         RolloutCallback(rewards={"accuracy": Accuracy(judge=judge(service))}).setup(None, None, "fit")  # type: ignore[arg-type]
     RolloutCallback(rewards={"judge": judge(service)}).setup(None, None, "predict")  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
-        judge(service, fail_fast=False).setup()
+        judge(service, fail_fast=False).setup(NOBODY)
     assert "JUDGE_KEY" in caplog.text
 
 
