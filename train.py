@@ -5,6 +5,7 @@
     python train.py pipeline --config configs/quickstart/pipeline.yaml --seed 1      # stage after stage, and a report
     python train.py audit --config ... --model.init_args.init_from ...               # does the crop matter?
     python train.py export --ckpt_path runs/sft/last.ckpt --output exported          # a Hugging Face folder
+    python train.py rescore --benchmark mathvista --predictions output.json          # saved predictions, scored
 
 Every value of a YAML file can be given on the command line after it, and several files follow one
 another: ``--config a.yaml --config b.yaml --model.init_args.clip_norm=0.5``. ``python train.py fit
@@ -67,7 +68,19 @@ def audit(args: Sequence[str]) -> None:
     cli(["test", *args, "--trainer.callbacks+=CropAudit"])
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"pipeline": pipeline, "export": export, "audit": audit}
+def rescore(args: Sequence[str]) -> None:
+    """The score of predictions that anyone saved."""
+    from commands.rescore import main as run
+
+    run(args)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "pipeline": pipeline,
+    "export": export,
+    "audit": audit,
+    "rescore": rescore,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])
