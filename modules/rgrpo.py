@@ -4,66 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modules.functional.advantages import group_advantages, zero_variance
-from modules.functional.losses import Normalisation, RatioTo, rgrpo_loss, token_weights
-from modules.policy import PolicyModule
+from modules.functional.kl import kl_estimate, per_trajectory
+from modules.functional.losses import token_weights
+from modules.functional.policy_gradient import rgrpo_loss
+from modules.objective import GRPO, Objective
+from modules.policy import PolicyError, PolicyModule
 from modules.reference import ReferenceModule
 from modules.scoring import collate, token_log_probs
-from modules.trajectory import Group, SampleBatch, TrajectoryBatch
+from modules.trajectory import Group, SampleBatch, Trajectory, TrajectoryBatch
 
-
-@dataclass(frozen=True)
-class Objective:
-    """What is optimised (arXiv 2505.16192; the choices are those of GRPO and its successors).
-
-    Args:
-        scale_by_std: divide advantages by the standard deviation of their group.
-        epsilon: added to that deviation.
-        clip_low: how far the ratio may fall below 1.
-        clip_high: how far it may rise above.
-        ratio_to: denominator of the ratio: the sampler, or the reference (the paper's formula).
-        beta: weight of the KL divergence from the reference.
-        unbiased_kl: weigh its estimate by the ratio, which makes the gradient that of the divergence.
-        normalisation: the loss is a mean over sequences, over tokens, or a sum over a constant.
-        constant: with ``normalisation: constant``, tokens that a trajectory counts for.
-        drop_zero_variance: leave out groups whose rewards are all the same.
-        min_spread: rewards that span no more than this count as the same; above the length reward's cap, ties in
-            accuracy do not become full-size advantages.
-        mask_truncated: trajectories that a limit ended carry no loss.
-        inner_epochs: passes over the trajectories of an iteration.
-        mini_batches: optimizer steps in each pass.
-    """
-
-    scale_by_std: bool = True
-    epsilon: float = 1e-4
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    ratio_to: RatioTo = "sampler"
-    beta: float = 0.0
-    unbiased_kl: bool = False
-    normalisation: Normalisation = "sequence"
-    constant: int | None = None
-    drop_zero_variance: bool = True
-    min_spread: float = 1e-6
-    mask_truncated: bool = False
-    inner_epochs: int = 1
-    mini_batches: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("inner_epochs", "mini_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `objective.{name}` to be at least 1, but got {getattr(self, name)}.")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether anything uses the reference policy."""
-        return self.beta > 0 or self.ratio_to == "reference"
+__all__ = ["Objective", "RGRPOModule", "split"]
 
 
 @dataclass(eq=False)
@@ -74,7 +31,17 @@ class _Part:
     advantages: Tensor  # (T,)
     weights: Tensor  # (T,)
     count: float
-    reference: Tensor | None
+    reference: Tensor | None  # (T,) log-probabilities
+    learner: Tensor | None  # (T,) log-probabilities before the first step, where it matters which step it is
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Groups that an optimizer step is waiting with until there are enough."""
+
+    groups: list[Group] = field(default_factory=list)
+    batches: int = 0  # rolled out for this step so far
+    wanted: int = 0  # groups: as many as the largest of these batches had questions
 
 
 class RGRPOModule(PolicyModule):
@@ -83,75 +50,163 @@ class RGRPOModule(PolicyModule):
     Args:
         objective: what is optimised.
         kwargs: see `PolicyModule`; ``init_from`` is the SFT checkpoint.
+
+    Raises:
+        PolicyError: if a reference that is the policy without its adapters is to be synchronised.
     """
 
-    def __init__(self, *args: Any, objective: Objective = Objective(), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective = GRPO, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if objective.sync_reference is not None and self.lora.rank:
+            raise PolicyError(
+                f"Expected `objective.sync_reference` to be None with `lora`, but got {objective.sync_reference}: the "
+                "reference is the policy without its adapters, and cannot become the policy with them."
+            )
         self.objective = objective
         self.reference = ReferenceModule(self.backbone) if self.objective.needs_reference else None
+        self.waiting = _Waiting()
 
     @property
     def steps_per_batch(self) -> int:
-        """See `PolicyModule.steps_per_batch`; fewer where groups are dropped."""
+        """See `PolicyModule.steps_per_batch`; fewer where groups are dropped, or batches put together."""
         return self.objective.inner_epochs * self.objective.mini_batches
 
     def advantages(self, totals: Tensor) -> Tensor:
         """(G,) or (N, G) advantages of rewards."""
-        return group_advantages(totals, scale_by_std=self.objective.scale_by_std, epsilon=self.objective.epsilon)
+        objective = self.objective
+        return group_advantages(
+            totals, scale_by_std=objective.scale_by_std, epsilon=objective.epsilon, baseline=objective.baseline
+        )
+
+    def on_train_start(self) -> None:
+        """Groups that an earlier fit left over are of another policy."""
+        self.waiting = _Waiting()
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
-        """All optimizer steps of one iteration."""
+        """All optimizer steps of one iteration, or none as long as groups are collected for it."""
         self.backbone.learn()
-        groups = batch.groups
-        if self.objective.drop_zero_variance:
-            groups = [g for g in groups if not bool(zero_variance(g.totals, self.objective.min_spread))]
+        if self.objective.changes_rewards:
+            batch.groups[:] = self.penalised(batch.groups)
+        groups = self._ready(batch.groups)
+        if groups is not None:
+            self._learn(groups, len(batch.groups))
+        return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for g in batch.groups for t in g.trajectories)}
+
+    def penalised(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with what the objective takes off their rewards, and the advantages that follow."""
+        objective = self.objective
+        trajectories = [t for g in groups for t in g.trajectories]
+        penalties = objective.truncation_penalty * torch.tensor([float(t.stop.truncated) for t in trajectories])
+        if objective.kl_in == "reward":
+            penalties = penalties + objective.beta * self._divergences(trajectories)
+        sizes = [len(g.trajectories) for g in groups]
+        made = []
+        for group, penalty in zip(groups, penalties.split(sizes), strict=True):
+            totals = group.totals - penalty.to(group.totals)
+            made.append(replace(group, totals=totals, advantages=self.advantages(totals)))
+        self.log_now(lambda: comparison_metrics(made), len(trajectories))
+        return made
+
+    def _divergences(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """(n,) estimated KL divergences from the reference, of the policy that sampled these trajectories."""
+        assert self.reference is not None
+        found, tokens = [torch.zeros(0)], 0
+        for some in self._micro_batches(trajectories):
+            batch = collate(self.backbone, some, self.row_tokens)
+            estimates = kl_estimate(batch.log_probs, self.reference(batch, self.head_chunk), self.objective.kl)
+            found.append(per_trajectory(estimates, batch.owners, batch.num_trajectories).cpu())
+            tokens += len(estimates)
+        divergences = torch.cat(found)
+        self.log_now(lambda: {"train/kl": divergences.sum() / tokens} if tokens else {}, len(trajectories))
+        return divergences
+
+    def _ready(self, groups: Sequence[Group]) -> list[Group] | None:
+        """The groups to learn from; None while further batches are rolled out for them, on all ranks alike."""
+        objective, waiting = self.objective, self.waiting
+        waiting.batches += 1
+        waiting.wanted = max(waiting.wanted, len(groups))
+        waiting.groups += [
+            g
+            for g in groups
+            if not (objective.drop_zero_variance and bool(zero_variance(g.totals, objective.min_spread)))
+        ]
+        # every rank has seen as many batches, and reduces at the same ones
+        if waiting.batches < objective.resample and self._sum_over_ranks(waiting.wanted - len(waiting.groups)) > 0:
+            return None
+        self.waiting = _Waiting()
+        self.log_now(lambda: {"train/batches_per_step": float(waiting.batches)}, len(groups))
+        return waiting.groups
+
+    def _learn(self, groups: Sequence[Group], size: int) -> None:
+        before = self.trainer.global_step
         steps = [self._parts(mini) for mini in split(groups, self.objective.mini_batches)]
         history = [
             self.update(parts, self._loss, sum(part.count for part in parts))
             for _ in range(self.objective.inner_epochs)
             for parts in steps
         ]
-        self.log_now(lambda: self._metrics([h for h in history if "tokens" in h]), len(batch.groups))
-        return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for g in batch.groups for t in g.trajectories)}
+        every = self.objective.sync_reference
+        if self.reference is not None and every and self.trainer.global_step // every > before // every:
+            self.reference.synchronise(self.backbone)
+        self.log_now(lambda: self._metrics([h for h in history if "tokens" in h]), size)
+
+    def _micro_batches(self, trajectories: Sequence[Trajectory]) -> list[Sequence[Trajectory]]:
+        size = self.micro_batch or max(len(trajectories), 1)
+        return [trajectories[start : start + size] for start in range(0, len(trajectories), size)]
 
     def _parts(self, groups: Sequence[Group]) -> list[_Part]:
-        trajectories = [t for g in groups for t in g.trajectories]
-        advantages = torch.cat([g.advantages for g in groups]) if groups else torch.zeros(0)
-        size = self.micro_batch or max(len(trajectories), 1)
+        objective = self.objective
+        micro_batches = self._micro_batches([t for g in groups for t in g.trajectories])
+        advantages = torch.cat([g.advantages for g in groups] or [torch.zeros(0)])
         parts = []
-        for start in range(0, len(trajectories), size):
-            batch = collate(self.backbone, trajectories[start : start + size], self.row_tokens)
-            whole = torch.tensor([not t.stop.truncated for t in trajectories[start : start + size]])
+        for some, own in zip(micro_batches, advantages.split([len(m) for m in micro_batches]), strict=True):
+            batch = collate(self.backbone, some, self.row_tokens)
+            whole = torch.tensor([not t.stop.truncated for t in some])
             weights, count = token_weights(
                 batch.owners,
                 batch.num_trajectories,
-                self.objective.normalisation,
-                self.objective.constant,
-                include=whole.to(batch.owners.device) if self.objective.mask_truncated else None,
+                objective.normalisation,
+                objective.constant,
+                include=whole.to(batch.owners.device) if objective.mask_truncated else None,
             )
-            per_token = advantages[start : start + size].to(batch.owners.device)[batch.owners]
-            reference = self.reference(batch, self.head_chunk) if self.reference is not None else None
-            parts.append(_Part(batch, per_token, weights, count, reference))
+            per_token = own.to(batch.owners.device)[batch.owners]
+            reference = learner = None
+            if self.reference is not None and objective.reference_in_loss:
+                reference = self.reference(batch, self.head_chunk)
+            if objective.sampler_correction is not None and self.steps_per_batch > 1:
+                with torch.no_grad():
+                    learner, _ = token_log_probs(self.backbone, batch, self.head_chunk)
+            parts.append(_Part(batch, per_token, weights, count, reference, learner))
         return parts
 
     def _loss(self, part: _Part) -> tuple[Tensor, dict[str, Tensor]]:
-        log_probs, entropy = token_log_probs(self.backbone, part.batch, self.head_chunk)
+        objective, batch = self.objective, part.batch
+        exploring = objective.entropy_bonus > 0
+        log_probs, entropy = token_log_probs(self.backbone, batch, self.head_chunk, entropy_gradient=exploring)
         loss, metrics = rgrpo_loss(
             log_probs,
-            part.batch.log_probs,
+            batch.log_probs,
             part.advantages,
             part.weights,
-            clip_low=self.objective.clip_low,
-            clip_high=self.objective.clip_high,
-            beta=self.objective.beta,
-            unbiased_kl=self.objective.unbiased_kl,
+            batch.owners,
+            batch.num_trajectories,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            ratio_to=objective.ratio_to,
+            ratio_level=objective.ratio_level,
+            beta=objective.beta if objective.kl_in == "loss" else 0.0,
+            kl=objective.kl,
+            unbiased_kl=objective.unbiased_kl,
             reference_log_probs=part.reference,
-            ratio_to=self.objective.ratio_to,
+            correction_cap=objective.sampler_correction,
+            learner_log_probs=part.learner,
+            entropy_bonus=objective.entropy_bonus,
+            entropy=entropy if exploring else None,
         )
-        gap = (log_probs.detach() - part.batch.log_probs).abs()
+        gap = (log_probs.detach() - batch.log_probs).abs()
         return loss, {
             **metrics,
-            "entropy": entropy.sum(),
+            "entropy": entropy.detach().sum(),
             "sampler_gap": gap.sum(),
             "tokens": torch.ones_like(gap).sum(),
         }
@@ -161,13 +216,40 @@ class RGRPOModule(PolicyModule):
         if not history:  # every group was dropped, or this rank has none
             return metrics
         tokens = torch.stack([h["tokens"] for h in history]).sum()
-        for name in ("ratio", "clip_low", "clip_high", "sampler_kl", "kl", "entropy", "sampler_gap"):
+        for name in PER_TOKEN:
             if name in history[0]:
                 metrics[f"train/{name}"] = torch.stack([h[name] for h in history]).sum() / tokens
         metrics["train/clip_fraction"] = metrics["train/clip_low"] + metrics["train/clip_high"]
         metrics["train/loss"] = torch.stack([h["loss"] for h in history]).mean()
         metrics["train/grad_norm"] = torch.stack([h["grad_norm"] for h in history]).mean()
         return metrics
+
+
+PER_TOKEN = (
+    "ratio",
+    "clip_low",
+    "clip_high",
+    "sampler_kl",
+    "sampler_gap",
+    "sampler_correction",
+    "sampler_correction_capped",
+    "kl",
+    "entropy",
+)
+
+
+def comparison_metrics(groups: Sequence[Group]) -> dict[str, Tensor | float]:
+    """What is logged of rewards once something was taken off them; the advantages' curves are then of these."""
+    if not groups:
+        return {}
+    totals = torch.stack([g.totals for g in groups])
+    advantages = torch.stack([g.advantages for g in groups])
+    return {
+        "train/reward/penalised": totals.nanmean(),
+        "train/advantage/mean": advantages.mean(),
+        "train/advantage/std": advantages.std() if advantages.numel() > 1 else 0.0,
+        "train/advantage/zero_groups": (advantages == 0).all(-1).float().mean(),
+    }
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:

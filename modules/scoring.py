@@ -26,15 +26,17 @@ def collate(backbone: Backbone, trajectories: Sequence[Trajectory], row_tokens: 
     return batch.to(backbone.device)
 
 
-def token_log_probs(backbone: Backbone, batch: TrajectoryBatch, chunk: int) -> tuple[Tensor, Tensor]:
+def token_log_probs(
+    backbone: Backbone, batch: TrajectoryBatch, chunk: int, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities (T,) of the sampled tokens and entropies (T,) of the distributions they were drawn from.
 
-    Logits are computed at sampled positions only, ``chunk`` tokens at a time.
+    Logits are computed at sampled positions only, ``chunk`` tokens at a time. Entropies carry gradient if asked to.
     """
     hidden = backbone.hidden_states(batch).flatten(0, 1)[batch.predictors]
 
     def select(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return selected_log_probs(backbone.head(h), targets, batch.temperature, backbone.banned)
+        return selected_log_probs(backbone.head(h), targets, batch.temperature, backbone.banned, entropy_gradient)
 
     log_probs, entropy = in_chunks(select, hidden, batch.targets, size=chunk)
     return log_probs, entropy

@@ -6,33 +6,42 @@ it stays out of the group's statistics, and its trajectory gets advantage 0.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Baseline = Literal["mean", "leave_one_out"]
 
-def group_advantages(totals: Tensor, *, scale_by_std: bool, epsilon: float) -> Tensor:
+
+def group_advantages(totals: Tensor, *, scale_by_std: bool, epsilon: float, baseline: Baseline = "mean") -> Tensor:
     """How much better than its group each trajectory did.
 
-    ``A_i = (r_i - mean(r)) / (std(r) + epsilon)``, std unbiased (divides by G - 1), over the judged members of the
-    group; without ``scale_by_std``: ``A_i = r_i - mean(r)``. Exactly 0 for a group of equal totals, whatever
-    epsilon, for a group with one judged member, and for members with NaN.
+    ``A_i = (r_i - b_i) / (std(r) + epsilon)``, std unbiased (divides by G - 1), over the G judged members of the
+    group; without ``scale_by_std``: ``A_i = r_i - b_i``. The baseline b_i is the mean of all of them, or, with
+    "leave_one_out", of the others, which makes r_i - b_i G / (G - 1) times as large. Exactly 0 for a group of equal
+    totals, whatever epsilon, for a group with one judged member, and for members with NaN.
 
-    Source: GRPO, DeepSeekMath (arXiv 2402.03300) section 4.1.2; without the std: Dr. GRPO (arXiv 2503.20783).
+    Source: GRPO, DeepSeekMath (arXiv 2402.03300) section 4.1.2; without the std: Dr. GRPO (arXiv 2503.20783); leave
+    one out: RLOO (arXiv 2402.14740).
 
     Args:
         totals: (G,) or (N, G) float, each row the rewards of one group; NaN where a judgement failed.
         scale_by_std: whether to divide by the standard deviation.
         epsilon: added to the standard deviation, >= 0.
+        baseline: see above.
 
     Returns:
         Advantages, of the same shape, without NaN.
 
     Raises:
-        ValueError: wrong shape or type, or a negative epsilon.
+        ValueError: wrong shape or type, a negative epsilon, or an unknown baseline.
     """
     _check(totals)
     if not epsilon >= 0:
         raise ValueError(f"Expected `epsilon` to be at least 0 but got {epsilon}")
+    if baseline not in ("mean", "leave_one_out"):
+        raise ValueError(f"Expected `baseline` to be mean or leave_one_out but got {baseline!r}")
     judged = ~totals.isnan()
     count = judged.sum(dim=-1, keepdim=True)
     lowest, _ = _range(totals)
@@ -40,10 +49,12 @@ def group_advantages(totals: Tensor, *, scale_by_std: bool, epsilon: float) -> T
     # the mean would otherwise be blown up by a standard deviation that is rounding too.
     above = torch.where(judged, totals - lowest, 0.0)
     deviations = torch.where(judged, above - above.sum(dim=-1, keepdim=True) / count.clamp(min=1), 0.0)
+    others = (count - 1).clamp(min=1)
+    advantages = deviations * count / others if baseline == "leave_one_out" else deviations
     if not scale_by_std:
-        return deviations
-    std = (deviations.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 0, deviations / (std + epsilon), 0.0)
+        return advantages
+    std = (deviations.square().sum(dim=-1, keepdim=True) / others).sqrt()
+    return torch.where(std > 0, advantages / (std + epsilon), 0.0)
 
 
 def zero_variance(totals: Tensor, tolerance: float = 1e-6) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses over flat sampled tokens: supervised, grounding, and R-GRPO.
+"""What losses over flat sampled tokens are made of: log-probabilities, cross-entropy, and what divides them.
 
 Conventions, for every function of this file:
 
@@ -19,12 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from modules.functional.checks import check_tensor
+
 Normalisation = Literal["sequence", "token", "constant"]
-RatioTo = Literal["sampler", "reference"]
 
 
 def selected_log_probs(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of the distribution that it was drawn from.
 
@@ -37,28 +42,39 @@ def selected_log_probs(
         targets: (T,) long.
         temperature: divides the logits, > 0.
         banned: (V,) bool, ids that cannot be sampled.
+        entropy_gradient: whether the entropy carries gradient; a mere metric leaves nothing for the backward pass.
 
     Returns:
         log_probs: (T,), with gradient; -inf where the target itself is banned (looking for that
             here would cost a synchronisation a chunk).
-        entropy: (T,) in nats, a metric without gradient.
+        entropy: (T,) in nats.
 
     Raises:
         ValueError: wrong shape or type, or a temperature that is not positive.
     """
-    _check("logits", logits, ("T", "V"), "float")
-    _check("targets", targets, (logits.shape[0],), "long")
+    check_tensor("logits", logits, ("T", "V"), "float")
+    check_tensor("targets", targets, (logits.shape[0],), "long")
     if not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive but got {temperature}")
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     if banned is not None:
-        _check("banned", banned, (logits.shape[1],), "bool")
+        check_tensor("banned", banned, (logits.shape[1],), "bool")
         scaled = scaled.masked_fill(banned, -torch.inf)
     all_log_probs = scaled.log_softmax(dim=-1)
-    with torch.no_grad():
-        # entr(p) = -p log p with entr(0) = 0, where p * log_p would be 0 * -inf
-        entropy = torch.special.entr(all_log_probs.exp()).sum(dim=-1)
+    entropy = _entropy(all_log_probs) if entropy_gradient else _entropy_as_metric(all_log_probs)
     return all_log_probs.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    # the lowest finite number in place of -inf: 0 times it is 0, and so is the gradient there
+    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    return -(log_probs.exp() * finite).sum(dim=-1)
+
+
+@torch.no_grad()
+def _entropy_as_metric(log_probs: Tensor) -> Tensor:
+    # entr(p) = -p log p with entr(0) = 0; its gradient at 0 is infinite, but it takes one (T, V) tensor less
+    return torch.special.entr(log_probs.exp()).sum(dim=-1)
 
 
 def in_chunks(
@@ -79,7 +95,7 @@ def in_chunks(
     Raises:
         ValueError: wrong shape, or a size below one.
     """
-    _check("hidden", hidden, ("T", "D"), "float")
+    check_tensor("hidden", hidden, ("T", "D"), "float")
     if size < 1:
         raise ValueError(f"Expected `size` to be at least 1 but got {size}")
     tokens = hidden.shape[0]
@@ -124,10 +140,10 @@ def coordinate_cross_entropy(
     Raises:
         ValueError: wrong shape or type, a sigma that is not positive, or a coordinate on a token of no family.
     """
-    _check("logits", logits, ("T", "V"), "float")
-    _check("targets", targets, (logits.shape[0],), "long")
-    _check("coordinates", coordinates, (logits.shape[0],), "float")
-    _check("bins", bins, ("F", "K"), "long")
+    check_tensor("logits", logits, ("T", "V"), "float")
+    check_tensor("targets", targets, (logits.shape[0],), "long")
+    check_tensor("coordinates", coordinates, (logits.shape[0],), "float")
+    check_tensor("bins", bins, ("F", "K"), "long")
     if not sigma > 0:
         raise ValueError(f"Expected `sigma` to be positive but got {sigma}")
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
@@ -181,7 +197,7 @@ def token_weights(
     Raises:
         ValueError: wrong shape or type, an unknown normalisation, or a constant missing or out of place.
     """
-    _check("owners", owners, ("T",), "long")
+    check_tensor("owners", owners, ("T",), "long")
     if normalisation not in ("sequence", "token", "constant"):
         raise ValueError(f"Expected `normalisation` to be sequence, token or constant but got {normalisation!r}")
     if (normalisation == "constant") != (constant is not None) or (constant is not None and constant < 1):
@@ -196,107 +212,8 @@ def token_weights(
         )
         weights = 1 / lengths[owners]
     if include is not None:
-        _check("include", include, (num_trajectories,), "bool")
+        check_tensor("include", include, (num_trajectories,), "bool")
         weights = weights * include[owners]
     if normalisation == "token":
         return weights, float(weights.sum()) if include is not None else float(owners.shape[0])
     return weights, float(num_trajectories * (constant or 1))
-
-
-def rgrpo_loss(
-    log_probs: Tensor,
-    sampler_log_probs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    beta: float = 0.0,
-    unbiased_kl: bool = False,
-    reference_log_probs: Tensor | None = None,
-    ratio_to: RatioTo = "sampler",
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """R-GRPO: the clipped policy gradient over tokens that the policy wrote, with a KL penalty.
-
-    ``sum_t w_t * (-min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + beta * k3_t)`` where
-    ``r_t = exp(log_probs - denominator)`` and ``k3_t = exp(ref - log_probs) - (ref - log_probs) - 1``, the unbiased,
-    non-negative estimate of KL(policy || reference).
-
-    The denominator is the sampler (PPO, arXiv 1707.06347; bounds apart as in DAPO, arXiv 2503.14476; KL
-    term of DeepSeekMath, arXiv 2402.03300, eq. 4) or, with ``ratio_to="reference"``, the reference, as the
-    objective of VLM-R3 (arXiv 2505.16192) is written. That one is not clipped: ``clip_low=1, clip_high=inf``.
-
-    Args:
-        log_probs: (T,) float, the policy's; the only input with gradient.
-        sampler_log_probs: (T,) float, of the distribution that the tokens were drawn from.
-        advantages: (T,) float, of each token's trajectory.
-        weights: (T,) float, from `token_weights`.
-        clip_low: how far the ratio may fall below 1; 1 turns that side off.
-        clip_high: how far the ratio may rise above 1; inf turns that side off.
-        beta: weight of the KL penalty.
-        unbiased_kl: multiply k3 by the policy's ratio over the sampler, with its gradient. Only then is the gradient
-            that of KL(policy || reference) (DeepSeek-V3.2, arXiv 2512.02556; TRL's default); without, even on
-            policy, it is the one that DeepSeekMath wrote down.
-        reference_log_probs: (T,) float; needed if beta > 0 or ``ratio_to="reference"``.
-        ratio_to: whose log-probabilities are the ratio's denominator.
-
-    Returns:
-        loss: weighted sum, a scalar with gradient.
-        metrics: sums over all T tokens, without weights and gradient, to be divided by the number of tokens:
-            "ratio"; "clip_low" and "clip_high", tokens whose gradient the clip removed on that side (so
-            only A < 0 below and only A > 0 above); "sampler_kl", k3 estimate of KL(sampler || policy): drift of the
-            policy and numerical mismatch alike; and, if there is a reference, "kl", k3 as above.
-
-    Raises:
-        ValueError: wrong shape or type, a negative bound or beta, or a reference that is needed and missing.
-    """
-    _check("log_probs", log_probs, ("T",), "float")
-    given = {"sampler_log_probs": sampler_log_probs, "advantages": advantages, "weights": weights}
-    if reference_log_probs is not None:
-        given["reference_log_probs"] = reference_log_probs
-    elif beta > 0 or ratio_to == "reference":
-        raise ValueError(
-            f"Expected `reference_log_probs` to be given with beta={beta} and ratio_to={ratio_to!r} but got None"
-        )
-    for name, tensor in given.items():
-        _check(name, tensor, tuple(log_probs.shape), "float")
-    if ratio_to not in ("sampler", "reference"):
-        raise ValueError(f"Expected `ratio_to` to be sampler or reference but got {ratio_to!r}")
-    for name, value in {"clip_low": clip_low, "clip_high": clip_high, "beta": beta}.items():
-        if not value >= 0:
-            raise ValueError(f"Expected `{name}` to be at least 0 but got {value}")
-
-    denominator = sampler_log_probs if ratio_to == "sampler" or reference_log_probs is None else reference_log_probs
-    ratio = (log_probs - denominator).exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    metrics = {
-        "ratio": ratio.detach().sum(),
-        "clip_low": ((ratio < 1 - clip_low) & (advantages < 0)).sum().to(ratio.dtype),
-        "clip_high": ((ratio > 1 + clip_high) & (advantages > 0)).sum().to(ratio.dtype),
-        "sampler_kl": _k3(log_probs.detach() - sampler_log_probs).sum(),
-    }
-    if reference_log_probs is not None:
-        kl = _k3(reference_log_probs - log_probs)
-        metrics["kl"] = kl.detach().sum()
-        if beta > 0:  # beta * kl would otherwise turn an infinite kl into NaN
-            loss = loss + beta * (kl * (log_probs - sampler_log_probs).exp() if unbiased_kl else kl)
-    return (weights * loss).sum(), metrics
-
-
-def _k3(log_ratio: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(q || p) from samples of q and ``log_ratio = log p - log q``; >= 0."""
-    return log_ratio.expm1() - log_ratio
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int | str, ...], kind: Literal["float", "long", "bool"]) -> None:
-    """Raise ValueError unless ``tensor`` has that type and shape; a letter stands for any size."""
-    of_kind = tensor.is_floating_point() if kind == "float" else tensor.dtype == getattr(torch, kind)
-    of_shape = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not (of_kind and of_shape):
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(
-            f"Expected `{name}` to be a {kind} tensor of shape ({wanted}) but got {tensor.dtype} "
-            f"of shape {tuple(tensor.shape)}"
-        )

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from modules.functional.advantages import group_advantages, zero_variance
+from modules.functional.advantages import Baseline, group_advantages, zero_variance
 
 NAN = math.nan
 GROUPS = torch.tensor([[1.0, 0.0, 0.5, 0.25, 1.0], [0.2, 1.7, 0.3, 0.0, -4.0]], dtype=torch.float64)
@@ -29,12 +29,26 @@ def test_one_group_is_a_row() -> None:
     assert torch.equal(alone, group_advantages(GROUPS, scale_by_std=True, epsilon=1e-4)[1])
 
 
+@pytest.mark.parametrize("epsilon", [None, 1e-4])
+def test_leave_one_out_compares_with_the_others(epsilon: float | None) -> None:
+    expected = []
+    for row in GROUPS.tolist():
+        divisor = 1.0 if epsilon is None else statistics.stdev(row) + epsilon
+        expected.append([(r - statistics.mean(row[:k] + row[k + 1 :])) / divisor for k, r in enumerate(row)])
+    got = group_advantages(GROUPS, scale_by_std=epsilon is not None, epsilon=epsilon or 0.0, baseline="leave_one_out")
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+    totals = torch.tensor([1.0, NAN, 0.0, 0.5], dtype=torch.float64)
+    got = group_advantages(totals, scale_by_std=False, epsilon=0.0, baseline="leave_one_out")
+    assert got.tolist() == pytest.approx([1 - 0.25, 0, 0 - 0.75, 0.5 - 0.5])  # the unjudged is no other
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale_by_std", [True, False])
-def test_order_in_the_group_does_not_matter(scale_by_std: bool) -> None:
+def test_order_in_the_group_does_not_matter(scale_by_std: bool, baseline: Baseline) -> None:
     order = torch.tensor([3, 0, 4, 2, 1])
     torch.testing.assert_close(
-        group_advantages(GROUPS[:, order], scale_by_std=scale_by_std, epsilon=0.0),
-        group_advantages(GROUPS, scale_by_std=scale_by_std, epsilon=0.0)[:, order],
+        group_advantages(GROUPS[:, order], scale_by_std=scale_by_std, epsilon=0.0, baseline=baseline),
+        group_advantages(GROUPS, scale_by_std=scale_by_std, epsilon=0.0, baseline=baseline)[:, order],
     )
 
 
@@ -45,6 +59,7 @@ def test_scale_and_offset_of_rewards_do_not_matter_when_scaled() -> None:
     )
 
 
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale_by_std", [True, False])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-4])
 @pytest.mark.parametrize(
@@ -57,8 +72,10 @@ def test_scale_and_offset_of_rewards_do_not_matter_when_scaled() -> None:
         [NAN, 0.4, NAN],
     ],
 )
-def test_nothing_to_compare_is_exactly_zero(totals: list[float], epsilon: float, scale_by_std: bool) -> None:
-    got = group_advantages(torch.tensor(totals), scale_by_std=scale_by_std, epsilon=epsilon)
+def test_nothing_to_compare_is_exactly_zero(
+    totals: list[float], epsilon: float, scale_by_std: bool, baseline: Baseline
+) -> None:
+    got = group_advantages(torch.tensor(totals), scale_by_std=scale_by_std, epsilon=epsilon, baseline=baseline)
     assert torch.equal(got, torch.zeros(len(totals)))
 
 
@@ -99,5 +116,7 @@ def test_wrong_totals(totals: torch.Tensor) -> None:
 def test_wrong_settings() -> None:
     with pytest.raises(ValueError, match="`epsilon` to be at least 0 but got -1"):
         group_advantages(GROUPS, scale_by_std=True, epsilon=-1.0)
+    with pytest.raises(ValueError, match="`baseline` to be mean or leave_one_out but got 'median'"):
+        group_advantages(GROUPS, scale_by_std=True, epsilon=0.0, baseline="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`tolerance` to be at least 0 but got -1"):
         zero_variance(GROUPS, tolerance=-1.0)

@@ -1,24 +1,19 @@
-"""Losses against hand-derived numbers, torch's own distributions, and the invariances that they promise."""
+"""Log-probabilities, cross-entropies and weights against hand-derived numbers and torch's own distributions."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from modules.functional.losses import (
     coordinate_cross_entropy,
     in_chunks,
-    rgrpo_loss,
     selected_log_probs,
     token_weights,
 )
-
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-NORMALISATIONS = [("sequence", None), ("token", None), ("constant", 7)]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -62,10 +57,35 @@ class TestSelectedLogProbs:
         assert log_probs.dtype == entropy.dtype == torch.float32
         torch.testing.assert_close(log_probs.double(), Categorical(logits=logits.double()).log_prob(self.targets))
 
-    def test_only_the_log_probs_carry_gradient(self) -> None:
+    def test_the_entropy_carries_gradient_only_if_asked_to(self) -> None:
         log_probs, entropy = selected_log_probs(randn(4, 6).requires_grad_(), self.targets)
         assert log_probs.requires_grad
         assert not entropy.requires_grad
+        assert selected_log_probs(randn(4, 6).requires_grad_(), self.targets, entropy_gradient=True)[1].requires_grad
+
+    @pytest.mark.parametrize("ban", [False, True])
+    def test_entropy_with_gradient(self, ban: bool) -> None:
+        """Of its own definition: ``dH / d logit_k = -p_k (log p_k + H) / temperature``, none at a banned id."""
+        logits = randn(4, 6).requires_grad_()
+        banned = torch.arange(6) == 1 if ban else None
+        _, metric = selected_log_probs(logits, self.targets, 0.7, banned)
+        _, entropy = selected_log_probs(logits, self.targets, 0.7, banned, entropy_gradient=True)
+        torch.testing.assert_close(entropy, metric)
+        (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+        kept = logits.detach().masked_fill(torch.zeros(6) > 0 if banned is None else banned, -1e9)
+        log_p = (kept / 0.7).log_softmax(dim=-1)
+        p = log_p.exp()
+        torch.testing.assert_close(gradient, torch.where(p > 0, -p * (log_p + metric[:, None]) / 0.7, 0.0))
+        assert gradient.abs().max() > 0.05
+
+    def test_entropy_of_near_certainty_is_finite(self) -> None:
+        """A probability that is exactly 0 in float32."""
+        logits = torch.tensor([[300.0, 0.0, 0.0, 0.0, 0.0, 0.0]]).requires_grad_()
+        _, entropy = selected_log_probs(logits, self.targets[:1], entropy_gradient=True)
+        entropy.sum().backward()
+        assert entropy.item() == 0
+        assert logits.grad is not None
+        assert torch.equal(logits.grad, torch.zeros(1, 6))
 
     def test_gradcheck(self) -> None:
         banned = torch.arange(6) == 1
@@ -261,195 +281,3 @@ class TestTokenWeights:
     def test_errors(self, arguments: tuple, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             token_weights(*arguments)
-
-
-def step_loss(index: Tensor, owners: Tensor, n: int, normalisation: str, constant: int | None) -> tuple[Tensor, float]:
-    """(sum, count) of the R-GRPO loss over the tokens ``index`` of a step of 40, owned by ``owners`` of n."""
-    policy, sampler, reference = (randn(40, seed=s)[index] / 4 for s in range(3))
-    weights, count = token_weights(owners, n, normalisation, constant)
-    loss, _ = rgrpo_loss(
-        policy, sampler, randn(40, seed=3)[index], weights, **CLIP, beta=0.04, reference_log_probs=reference
-    )
-    return loss, count
-
-
-@pytest.mark.parametrize(("normalisation", "constant"), NORMALISATIONS)
-class TestInvariance:
-    owners = torch.cat([torch.full((length,), i) for i, length in enumerate([3, 9, 0, 14, 1, 13])])
-
-    def test_order_of_tokens_and_trajectories(self, normalisation: str, constant: int | None) -> None:
-        whole = step_loss(torch.arange(40), self.owners, 6, normalisation, constant)
-        shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-        renamed = torch.tensor([4, 0, 3, 5, 1, 2])
-        other = step_loss(shuffled, renamed[self.owners[shuffled]], 6, normalisation, constant)
-        torch.testing.assert_close(other, whole)
-
-    def test_micro_batches(self, normalisation: str, constant: int | None) -> None:
-        total, count = step_loss(torch.arange(40), self.owners, 6, normalisation, constant)
-        parts = []
-        for first, stop in [(0, 2), (2, 3), (3, 6)]:  # the middle one has a trajectory but no token
-            index = ((self.owners >= first) & (self.owners < stop)).nonzero().squeeze(1)
-            parts.append(step_loss(index, self.owners[index] - first, stop - first, normalisation, constant))
-        torch.testing.assert_close(sum(loss for loss, _ in parts) / sum(n for _, n in parts), total / count)
-
-
-class TestRGRPOLoss:
-    def corner_cases(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log_probs, sampler_log_probs, advantages, weights for ratios on all sides of both clips."""
-        ratio = torch.tensor([0.5, 0.5, 1.0, 1.5, 1.5, 1.2], dtype=torch.float64)
-        advantages = torch.tensor([2.0, -2.0, 3.0, 2.0, -2.0, 1.0], dtype=torch.float64)
-        weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.5], dtype=torch.float64)
-        sampler = torch.full((6,), -3.0, dtype=torch.float64)
-        return (sampler + ratio.log()).requires_grad_(), sampler, advantages, weights
-
-    def test_by_hand(self) -> None:
-        loss, metrics = rgrpo_loss(*self.corner_cases(), **CLIP)
-        # min(r A, clip(r) A), in order: .5*2; .8*-2 (clipped); 1*3; 1.28*2 (clipped); 1.5*-2; half of 1.2*1
-        assert loss.item() == pytest.approx(-(1.0 - 1.6 + 3.0 + 2.56 - 3.0 + 0.6))
-        assert metrics["ratio"].item() == pytest.approx(6.2)
-        assert metrics["clip_low"].item() == 1
-        assert metrics["clip_high"].item() == 1
-        # r - 1 - ln r, with ln .5 twice, ln 1.5 twice, ln 1.2
-        expected = (6.2 - 6) - (2 * math.log(0.5) + 2 * math.log(1.5) + math.log(1.2))
-        assert metrics["sampler_kl"].item() == pytest.approx(expected)
-        assert set(metrics) == {"ratio", "clip_low", "clip_high", "sampler_kl"}
-        assert not any(value.requires_grad for value in metrics.values())
-
-    def test_gradient_by_hand(self) -> None:
-        log_probs, *others = self.corner_cases()
-        rgrpo_loss(log_probs, *others, **CLIP)[0].backward()
-        # d(-r A)/d log p = -r A where it is not clipped, 0 where it is, times the weight
-        expected = torch.tensor([-1.0, 0.0, -3.0, 0.0, 3.0, -0.6], dtype=torch.float64)
-        torch.testing.assert_close(log_probs.grad, expected)
-
-    def test_bounds_can_be_turned_off(self) -> None:
-        loss, metrics = rgrpo_loss(*self.corner_cases(), clip_low=1.0, clip_high=math.inf)
-        assert loss.item() == pytest.approx(-(1.0 - 1.0 + 3.0 + 3.0 - 3.0 + 0.6))
-        assert metrics["clip_low"].item() == metrics["clip_high"].item() == 0
-
-    def test_ratio_to_the_reference(self) -> None:
-        log_probs, sampler, advantages, weights = self.corner_cases()
-        reference = sampler + randn(6)
-        loss, metrics = rgrpo_loss(
-            log_probs, sampler, advantages, weights, **CLIP, reference_log_probs=reference, ratio_to="reference"
-        )
-        as_sampler, as_sampler_metrics = rgrpo_loss(log_probs, reference, advantages, weights, **CLIP)
-        torch.testing.assert_close(loss, as_sampler)
-        torch.testing.assert_close(metrics["ratio"], as_sampler_metrics["ratio"])
-        # the drift from the sampler is measured all the same
-        torch.testing.assert_close(
-            metrics["sampler_kl"], rgrpo_loss(log_probs, sampler, advantages, weights, **CLIP)[1]["sampler_kl"]
-        )
-
-    def test_penalty_is_beta_times_weighted_kl(self) -> None:
-        log_probs, sampler, _, _ = self.corner_cases()
-        ones, zeros = torch.ones_like(sampler), torch.zeros_like(sampler)
-        reference = sampler + randn(6)
-        loss, metrics = rgrpo_loss(log_probs, sampler, zeros, ones, **CLIP, beta=0.3, reference_log_probs=reference)
-        torch.testing.assert_close(loss, 0.3 * metrics["kl"])
-        unpenalised, unpenalised_metrics = rgrpo_loss(
-            log_probs, sampler, zeros, ones, **CLIP, reference_log_probs=reference
-        )
-        assert unpenalised.item() == 0
-        torch.testing.assert_close(unpenalised_metrics["kl"], metrics["kl"])
-
-    def test_kl_metrics_estimate_what_they_are_called(self) -> None:
-        policy, sampler, reference = (randn(9, seed=s).log_softmax(dim=0) for s in range(3))
-
-        def expectation(under: Tensor, name: str) -> Tensor:
-            """Of the estimate for one token, over the whole vocabulary."""
-            one = torch.ones(1, dtype=torch.float64)
-            estimates = [
-                rgrpo_loss(policy[[i]], sampler[[i]], one, one, **CLIP, reference_log_probs=reference[[i]])[1][name]
-                for i in range(9)
-            ]
-            return (under.exp() * torch.stack(estimates)).sum()
-
-        def exact(p: Tensor, q: Tensor) -> Tensor:
-            return kl_divergence(Categorical(logits=p), Categorical(logits=q))
-
-        torch.testing.assert_close(expectation(policy, "kl"), exact(policy, reference))
-        torch.testing.assert_close(expectation(sampler, "sampler_kl"), exact(sampler, policy))
-
-    def test_unbiased_kl_has_the_gradient_of_the_kl(self) -> None:
-        """Expected over the sampler's whole vocabulary, the penalty's gradient; and that the plain k3 has another."""
-        sampler, reference = (randn(9, seed=s).log_softmax(dim=0) for s in (1, 2))
-        logits = randn(9).requires_grad_()
-        kl = kl_divergence(Categorical(logits=logits), Categorical(logits=reference))
-        (exact,) = torch.autograd.grad(kl, logits)
-
-        def gradient(unbiased_kl: bool) -> Tensor:
-            expected_penalty, _ = rgrpo_loss(
-                logits.log_softmax(dim=0),
-                sampler,
-                torch.zeros_like(sampler),
-                sampler.exp(),
-                **CLIP,
-                beta=1.0,
-                unbiased_kl=unbiased_kl,
-                reference_log_probs=reference,
-            )
-            return torch.autograd.grad(expected_penalty, logits)[0]
-
-        torch.testing.assert_close(gradient(unbiased_kl=True), exact)
-        assert (gradient(unbiased_kl=False) - exact).abs().max() > 0.01
-
-    @pytest.mark.parametrize("ratio_to", ["sampler", "reference"])
-    def test_gradcheck(self, ratio_to: str) -> None:
-        sampler, reference, advantages, weights = (randn(8, seed=s) for s in range(1, 5))
-
-        def loss(log_probs: Tensor) -> Tensor:
-            return rgrpo_loss(
-                log_probs,
-                sampler,
-                advantages,
-                weights.abs(),
-                **CLIP,
-                beta=0.04,
-                reference_log_probs=reference,
-                ratio_to=ratio_to,
-            )[0]
-
-        assert torch.autograd.gradcheck(loss, randn(8).requires_grad_())
-
-    def test_no_tokens_still_reach_the_policy(self) -> None:
-        empty = torch.zeros(0)
-        log_probs = torch.zeros(0, requires_grad=True)
-        loss, _ = rgrpo_loss(log_probs, empty, empty, empty, **CLIP)
-        loss.backward()  # a rank without tokens has to take part in the step
-        assert loss.item() == 0
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"log_probs": torch.zeros(2, 3)}, r"`log_probs` to be a float tensor of shape \(T\) but got .*\(2, 3\)"),
-            ({"sampler_log_probs": torch.zeros(2)}, r"`sampler_log_probs` .* shape \(3\) but got .*\(2,\)"),
-            ({"advantages": torch.zeros(3, dtype=torch.long)}, "`advantages` to be a float tensor"),
-            ({"weights": torch.ones(3, 1)}, r"`weights` .* but got .*\(3, 1\)"),
-            ({"reference_log_probs": torch.zeros(1)}, "`reference_log_probs` to be a float tensor"),
-            ({"beta": 0.1}, "`reference_log_probs` to be given with beta=0.1"),
-            ({"ratio_to": "reference"}, "`reference_log_probs` to be given with .*ratio_to='reference'"),
-            ({"ratio_to": "other"}, "`ratio_to` to be sampler or reference but got 'other'"),
-            ({"clip_low": -0.1}, "`clip_low` to be at least 0 but got -0.1"),
-            ({"beta": -1.0}, "`beta` to be at least 0 but got -1.0"),
-        ],
-    )
-    def test_errors(self, changes: dict, message: str) -> None:
-        names = ("log_probs", "sampler_log_probs", "advantages", "weights")
-        with pytest.raises(ValueError, match=message):
-            rgrpo_loss(**{**{name: torch.zeros(3) for name in names}, **CLIP, **changes})
-
-
-def test_policy_gradient_ascends_reward() -> None:
-    """The sign: a step against the gradient makes the rewarded token likelier, through all the functions."""
-    logits = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
-    targets, owners = torch.tensor([0, 1]), torch.tensor([0, 1])
-    log_probs: Callable[[], Tensor] = lambda: selected_log_probs(logits, targets)[0]  # noqa: E731
-    weights, count = token_weights(owners, 2, "sequence")
-    before = log_probs()
-    loss, _ = rgrpo_loss(before, before.detach(), torch.tensor([1.0, -1.0]), weights, **CLIP)
-    (loss / count).backward()
-    with torch.no_grad():
-        logits -= logits.grad
-    assert log_probs()[0] > before[0]
-    assert log_probs()[1] < before[1]
