@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ MEASURED = (
     "crops",
     "crop_area",
     "whole_image",
+    "duplicates",
+    "invalid",
     "faults",
     "refused_context",
     "turns",
@@ -29,19 +31,24 @@ def measure(trajectory: Trajectory) -> dict[str, float]:
     """Numbers of one trajectory; NaN where one does not apply.
 
     ``zoom_rate`` 1 if it was shown a crop; ``crops``; ``crop_area`` mean share of the image that its
-    crops cover; ``whole_image`` share of its crops that cover 90% or more; ``faults`` refused boxes;
-    ``refused_context`` those of them whose crop did not fit into the context; ``turns``; ``tokens`` that
-    it wrote; ``truncated``; ``iou`` of the last region that it looked at with the best annotated one (0 if
-    it looked nowhere, NaN if nothing is annotated).
+    crops cover; ``whole_image`` share of its crops that cover 90% or more; ``duplicates`` share of its
+    crops whose IoU with an earlier one is above 0.9; ``invalid`` share of its requests that were refused;
+    ``faults`` refused boxes; ``refused_context`` those of them whose crop did not fit into the context;
+    ``turns``; ``tokens`` that it wrote; ``truncated``; ``iou`` of the last region that it looked at with the
+    best annotated one (0 if it looked nowhere, NaN if nothing is annotated).
     """
     shown = [turn.region for turn in trajectory.turns if turn.crop is not None and turn.region is not None]
     areas = [_share(trajectory, region) for region in shown]
+    requests = [turn for turn in trajectory.turns if turn.region is not None or turn.fault is not None]
+    faults = sum(turn.fault is not None for turn in requests)
     return {
         "zoom_rate": float(bool(shown)),
         "crops": float(len(shown)),
         "crop_area": sum(areas) / len(areas) if areas else math.nan,
         "whole_image": sum(a >= 0.9 for a in areas) / len(areas) if areas else math.nan,
-        "faults": float(sum(turn.fault is not None for turn in trajectory.turns)),
+        "duplicates": duplicates(shown) / len(shown) if shown else math.nan,
+        "invalid": faults / len(requests) if requests else math.nan,
+        "faults": float(faults),
         "refused_context": float(sum(turn.fault == "context" for turn in trajectory.turns)),
         "turns": float(len(trajectory.turns)),
         "tokens": float(trajectory.sampled.sum()),
@@ -61,6 +68,16 @@ def last_iou(shown: list[Region], annotated: tuple[Region, ...]) -> float:
         return 0.0
     looked = torch.tensor([shown[-1].box] * len(same), dtype=torch.float32)
     return float(iou(looked, torch.tensor(same, dtype=torch.float32)).max())
+
+
+def duplicates(shown: Sequence[Region]) -> int:
+    """How many regions nearly equal (IoU above 0.9) an earlier one of the same image."""
+    count = 0
+    for k, region in enumerate(shown):
+        earlier = [r.box for r in shown[:k] if r.image == region.image]
+        again = torch.tensor([region.box] * len(earlier), dtype=torch.float32).view(-1, 4)
+        count += bool((iou(again, torch.tensor(earlier, dtype=torch.float32).view(-1, 4)) > 0.9).any())
+    return count
 
 
 class Tally:

@@ -43,6 +43,8 @@ def test_two_crops_and_a_refusal() -> None:
             "crops": 2.0,
             "crop_area": (0.25 + 0.9) / 2,  # each of its own image
             "whole_image": 0.5,  # 0.9 is whole already
+            "duplicates": 0.0,
+            "invalid": 1 / 3,
             "faults": 1.0,
             "refused_context": 0.0,
             "turns": 4.0,
@@ -64,6 +66,9 @@ def test_crops_that_the_context_has_no_room_for_are_counted(context: int, refuse
     numbers = measure(rolled)
     assert numbers["refused_context"] == numbers["faults"] == refused
     assert numbers["crops"] == 2 - refused
+    assert numbers["invalid"] == refused / 2
+    # only what was shown can be shown again
+    assert numbers["duplicates"] == (0.0 if refused else 0.5)
     assert rolled.stop is StopReason.ANSWER  # nothing breaks
     assert (REFUSALS["context"] in backbone.detokenize(rolled.completion_ids)) == bool(refused)
     assert Tally(MEASURED).add([numbers]).means()["refused_context"] == refused  # what callbacks log
@@ -72,7 +77,7 @@ def test_crops_that_the_context_has_no_room_for_are_counted(context: int, refuse
 def test_a_refusal_without_room_is_counted_too() -> None:
     turns = (look(0, 0, 50, 20), Turn("", 0, 0, fault="order"), Turn("", 0, 0, fault="context"))
     numbers = measure(trajectory(*turns, stop=StopReason.CONTEXT))
-    assert (numbers["faults"], numbers["refused_context"]) == (2.0, 1.0)
+    assert (numbers["faults"], numbers["refused_context"], numbers["invalid"]) == (2.0, 1.0, pytest.approx(2 / 3))
 
 
 def test_without_crops_their_sizes_are_unknown() -> None:
@@ -81,6 +86,9 @@ def test_without_crops_their_sizes_are_unknown() -> None:
     assert (numbers["zoom_rate"], numbers["crops"], numbers["truncated"]) == (0, 0, 1)
     assert math.isnan(numbers["crop_area"])
     assert math.isnan(numbers["whole_image"])
+    assert math.isnan(numbers["duplicates"])
+    assert numbers["invalid"] == 0  # what it asked for is there
+    assert math.isnan(measure(trajectory(ANSWER))["invalid"])  # nothing was asked for
     assert numbers["iou"] == 0  # it looked nowhere
 
 
@@ -93,6 +101,21 @@ def test_truncated_is_what_a_limit_ended(stop: StopReason) -> None:
 @pytest.mark.parametrize(("box", "whole"), [((0, 0, 100, 40), 1), ((0, 0, 90, 40), 1), ((0, 0, 89, 40), 0)])
 def test_whole_image(box: Box, whole: float) -> None:
     assert measure(trajectory(look(*box), ANSWER))["whole_image"] == whole
+
+
+@pytest.mark.parametrize(
+    ("turns", "again"),
+    [
+        ([look(0, 0, 10, 10), look(0, 0, 10, 10), look(0, 0, 10, 10)], 2 / 3),  # the first is the first
+        ([look(0, 0, 10, 10), look(50, 0, 60, 10), look(0, 0, 10, 10)], 1 / 3),  # not only the one just before
+        ([look(0, 0, 100, 10), look(0, 0, 91, 10)], 1 / 2),  # IoU 0.91
+        ([look(0, 0, 100, 10), look(0, 0, 90, 10)], 0),  # IoU 0.9
+        ([look(0, 0, 10, 10), look(0, 0, 10, 10, image=1)], 0),  # of another image
+        ([Turn("", 0, 0, region=Region((0, 0, 10, 10))), look(0, 0, 10, 10)], 0),  # the first was not shown
+    ],
+)
+def test_duplicates(turns: list[Turn], again: float) -> None:
+    assert measure(trajectory(*turns, ANSWER))["duplicates"] == pytest.approx(again)
 
 
 def test_iou_is_that_of_the_last_look_with_the_best_annotation() -> None:
