@@ -294,7 +294,9 @@ def _internvl(tokenizer: PreTrainedTokenizerBase, template: str) -> Parts:
         "tie_word_embeddings": False,
         **_ids(tokenizer, image_token_id="<IMG_CONTEXT>"),
     }
-    images = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=6)
+    # as published: it is the processor that asks for tiles
+    side = {"height": 28, "width": 28}
+    images = GotOcr2ImageProcessor(size=side, crop_to_patches=False, min_patches=1, max_patches=6)
     videos = InternVLVideoProcessor(size={"height": 28, "width": 28})
     return config, InternVLProcessor(images, tokenizer, videos, image_seq_length=4, chat_template=template)
 
@@ -398,7 +400,7 @@ INTERNVL_TEMPLATE = (
 LLAVA_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }} "
     "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
-    "{% for part in message.content if part.type == 'text' %}\n{{ part.text }}{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}{{ '\\n' + part.text }}{% endfor %}"
     "<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

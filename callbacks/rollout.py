@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -161,7 +163,7 @@ class RolloutCallback(L.Callback):
     ) -> list[Trajectory]:
         assert isinstance(pl_module, PolicyModule)
         # callback hooks run outside autocast; the learner's pass runs inside
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), casts_kept():
             return self.engine.rollout(pl_module.backbone, requests, decoding)
 
     def _begin(self) -> None:
@@ -212,6 +214,19 @@ class RolloutCallback(L.Callback):
         if self._predictions is not None:
             self._predictions.close()
             self._predictions = None
+
+
+@contextmanager
+def casts_kept() -> Iterator[None]:
+    """Let autocast keep the weights that it has cast, which Lightning forbids; nothing steps during a rollout, and
+    casting all weights for every token would take longer than computing with them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(before)
 
 
 def training_metrics(groups: list[Group]) -> dict[str, Tensor | float]:

@@ -6,7 +6,7 @@ trajectory nor their positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from modules.backbones.base import Backbone
 from modules.functional.boxes import clip
 from modules.scoring import collate, token_log_probs
-from modules.trajectory import Box, Region, Trajectory, Visual
+from modules.trajectory import Box, Region, Sample, Trajectory, Visual
 
 Replacement = Literal["blank", "random", "swap"]
 GREY = 128 / 255  # of blank crops; images of exactly one half, 0 once normalised, are padding to SmolVLM
@@ -84,9 +84,23 @@ def _relative(region: Region, image: Tensor, other: Tensor) -> Box:
     return clip((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)), (other.shape[-2], other.shape[-1]))
 
 
-def retold(trajectories: Sequence[Trajectory], backbone: Backbone, how: Replacement, seed: int) -> list[Trajectory]:
-    """The same trajectories, token by token, with other crops; those without crops stay as they are."""
-    others = list({id(image): image for t in trajectories for image in t.sample.images}.values())
+def images_of(samples: Iterable[Sample]) -> list[Tensor]:
+    """Their distinct images."""
+    return list({id(image): image for sample in samples for image in sample.images}.values())
+
+
+def retold(
+    trajectories: Sequence[Trajectory], backbone: Backbone, how: Replacement, others: Sequence[Tensor], seed: int
+) -> list[Trajectory]:
+    """The same trajectories, token by token, with other crops; those without crops stay as they are.
+
+    Args:
+        trajectories: as they were written.
+        backbone: whose scaler cuts the crops.
+        how: see `replace_crops`, as ``others``.
+        others: the images to swap with.
+        seed: of random places.
+    """
     found = [(n, turn) for n, t in enumerate(trajectories) for turn in t.turns if turn.crop is not None]
     regions = [turn.region for _, turn in found if turn.region is not None]
     crops = [turn.crop for _, turn in found if turn.crop is not None]
@@ -158,18 +172,22 @@ def likelihood_gaps(
 
     Returns:
         (N,) float32, nats: log-likelihood of the first right answer behind the crops minus behind their
-        replacements; NaN for trajectories without a crop and questions without an answer.
+        replacements; NaN for trajectories without a crop, for questions without an answer, and where ``swap``
+        finds no second image.
     """
     gaps = torch.full((len(trajectories),), torch.nan)
     usable = [
         n for n, t in enumerate(trajectories) if t.sample.answers and any(turn.crop is not None for turn in t.turns)
     ]
+    others = images_of(t.sample for t in trajectories)
+    if how == "swap" and len(others) < 2:
+        return gaps
     told = [with_answer(backbone, trajectories[n], trajectories[n].sample.answers[0]) for n in usable]
     for start in range(0, len(told), at_once):
         part = told[start : start + at_once]
         seen, unseen = (
             log_likelihoods(backbone, version, row_tokens, chunk)
-            for version in (part, retold(part, backbone, how, start))
+            for version in (part, retold(part, backbone, how, others, start))
         )
         gaps[usable[start : start + at_once]] = (seen - unseen).float().cpu()
     return gaps

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modules.backbones.base import Backbone, visual_blocks
 from modules.backbones.cache import RaggedCache
-from modules.counterfactual import replace_crops
+from modules.counterfactual import images_of, replace_crops
 from modules.environment import REFUSALS, Done, Look, Refuse, respond
 from modules.functional.grammar import last_answer
 from modules.functional.sampling import UniformStream, sample_tokens
@@ -86,8 +86,9 @@ class LocalEngine(RolloutEngine):
         backbone.eval()
         try:
             trajectories: list[Trajectory] = []
+            others = images_of(request.sample for request in requests)
             for wave in waves(requests, self.max_batch):
-                trajectories += Flight(backbone, wave, decoding).run()
+                trajectories += Flight(backbone, wave, decoding, others).run()
             return trajectories
         finally:
             backbone.train(was_training)
@@ -113,8 +114,10 @@ class Flight:
     ``active[b]`` is the trajectory in row b of the cache; finished ones leave it.
     """
 
-    def __init__(self, backbone: Backbone, requests: Sequence[Request], decoding: Decoding) -> None:
-        self.backbone, self.decoding = backbone, decoding
+    def __init__(
+        self, backbone: Backbone, requests: Sequence[Request], decoding: Decoding, others: Sequence[Tensor] = ()
+    ) -> None:
+        self.backbone, self.decoding, self.others = backbone, decoding, others
         self.device = backbone.device
         self.cache = RaggedCache()
         self.rows, self.hidden = self._prefill(requests)
@@ -242,10 +245,9 @@ class Flight:
         images = [self.rows[k].request.sample.images[region.image] for k, region in looks.items()]
         crops = self.backbone.look(images, list(looks.values()))
         if self.decoding.crops != "zoom":
-            others = list({id(i): i for row in self.rows for i in row.request.sample.images}.values())
             seeds = [self.rows[k].request.seed * 1_000_003 + len(self.rows[k].turns) for k in looks]
             regions = list(looks.values())
-            crops = replace_crops(self.backbone, self.decoding.crops, crops, images, regions, others, seeds)
+            crops = replace_crops(self.backbone, self.decoding.crops, crops, images, regions, self.others, seeds)
         chunks: dict[int, tuple[Tensor, list[Visual]]] = {}
         for (k, region), crop in zip(looks.items(), crops, strict=True):
             ids = self.backbone.visual_ids(*crop.pixels.shape[-2:])

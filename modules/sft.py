@@ -41,6 +41,7 @@ class SFTModule(PolicyModule):
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
         """One optimizer step on one batch."""
+        self.backbone.train()  # loaded weights come in evaluation mode, in which no layer recomputes its activations
         trajectories, refused = self.replay(batch.samples)
         self.refuse(refused)
         size = self.micro_batch or max(len(trajectories), 1)

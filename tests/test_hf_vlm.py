@@ -19,7 +19,9 @@ from modules.engine import Decoding, LocalEngine, Request, see_images
 from modules.policy import freeze_matching
 from modules.rgrpo import RGRPOModule
 from modules.scoring import collate, token_log_probs
-from modules.trajectory import Region, Sample, Step
+from modules.sft import SFTModule
+from modules.trajectory import Region, Sample, SampleBatch, Step
+from tests.fitting import fit
 
 LIMITS = (4, 16)
 
@@ -298,3 +300,38 @@ def test_a_rationale_is_written_in_the_space_of_the_family(folders: Callable[[st
         ids, _ = backbone.write("Look: ", region, sample, visuals)
         written = json.loads(backbone.detokenize(ids).removeprefix("Look: "))["bbox_2d"]
         assert written == pytest.approx(coords(visuals[0].pixels), abs=0.51)
+
+
+def test_two_images_are_shown_as_the_chat_template_shows_them(folders: Callable[[str], Path]) -> None:
+    for family in ("qwen2_5_vl", "smolvlm", "internvl", "llava_onevision", "glm4v", "gemma3"):
+        backbone = HFVLMBackbone(str(folders(family)), instruction="").eval()
+        sample = question(picture(60, 90), picture(90, 60, seed=1))
+        visuals = see_images(backbone, [sample])[0]
+        ids = backbone.prompt_ids(sample, visuals)
+        assert int((ids == backbone.image_token_id).sum()) == sum(v.tokens for v in visuals)
+        assert [len(f) for f in backbone.encode(visuals)] == [v.tokens for v in visuals]
+        if backbone.grid is None:
+            continue
+        content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": sample.question}]
+        rendered = backbone.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        placeholder = str(backbone.tokenizer.convert_ids_to_tokens(backbone.image_token_id))
+        for visual in visuals:  # one placeholder in the template becomes many
+            rendered = rendered.replace(placeholder, "<>" * visual.tokens, 1)
+        assert backbone.tokenizer.decode(ids) == rendered.replace("<>", placeholder)
+
+
+def test_warm_up_recomputes_activations_of_loaded_weights(folders: Callable[[str], Path]) -> None:
+    calls = []
+    for saving in (False, True):
+        backbone = make_qwen(folders("qwen2_5_vl"), gradient_checkpointing=saving)
+        seen: list[int] = []
+        layer = backbone.model.model.language_model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        steps = (Step("Look: ", Region((0.0, 0.0, 30.0, 40.0))), Step("<answer>a</answer>"))
+        sample = Sample("r", "?", (picture(90, 60),), ("a",), rationale=steps)
+        fit(SFTModule(backbone, freeze=["vision", "projector"]), [SampleBatch([sample])])
+        calls.append(len(seen))
+    assert calls[0] > 0
+    assert calls[1] == 2 * calls[0]

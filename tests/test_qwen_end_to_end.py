@@ -91,7 +91,6 @@ def test_warm_up_then_r_grpo_with_adapters_on_the_authors_files(
         "rgrpo.yaml",
         overlay,
         f"--config={CONFIGS / 'lora.yaml'}",
-        "--model.init_args.backbone.init_args.dtype=float32",
         f"--data.init_args.train={authors_rgrpo}",
         "--data.init_args.batch_size=2",
         "--model.init_args.init_from=sft/last.ckpt",

@@ -84,8 +84,9 @@ class RaggedCache(Cache):
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given ``rows`` (B',) long, in that order."""
         self.lengths = self.lengths[rows]
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        for layer in range(len(self.keys)):  # one at a time: not all of the old ones live beside all of the new ones
+            self.keys[layer] = self.keys[layer][rows]
+            self.values[layer] = self.values[layer][rows]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row's length."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ INSTRUCTION = (
     "Put your reasoning between <think> and </think>, and then your answer between <answer> and </answer>."
 )
 QUESTION = "\u2063question\u2063"  # stands for the question while the chat template is rendered
+OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # of what a processor returns
+SIZES = 4096  # image sizes of which it is remembered how they are shown
 # The spaces in which the families were trained to write boxes; others have learned none.
 BOX_SPACES: dict[str, SpaceKind] = {
     "qwen2_vl": "thousand",
@@ -87,7 +90,7 @@ class HFVLMBackbone(Backbone):
         self.bin_size = 0.001 if self.box_space.kind == "unit" else 1.0
         self.instruction = instruction
         self.context_length = context_length or self.text_config.max_position_embeddings
-        self._expansions: dict[tuple[int, int], str] = {}
+        self._expansions: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
     def _build(self, name: str, random: bool, dtype: str, attention: str, checkpointing: bool) -> None:
         config = load("configuration", name, AutoConfig.from_pretrained)
@@ -97,6 +100,8 @@ class HFVLMBackbone(Backbone):
         self.model: Any
         if random:
             self.model = AutoModelForImageTextToText.from_config(config, **options)
+            with suppress(OSError):  # from_config reads no generation config, and with it not all end tokens
+                self.model.generation_config = GenerationConfig.from_pretrained(name)
         else:
             self.model = load("weights", name, AutoModelForImageTextToText.from_pretrained, **options)
         self.processor: Any = load("processor", name, AutoProcessor.from_pretrained)
@@ -149,7 +154,7 @@ class HFVLMBackbone(Backbone):
         texts = before.split(self.marker)
         if len(texts) != len(visuals) + 1:
             raise ValueError(f"Expected the chat template to show {len(visuals)} images, but it gives {before!r}.")
-        shown = [self._expansion(visual.pixels.shape[-2], visual.pixels.shape[-1]) for visual in visuals]
+        shown = [self._expansion(visual.pixels.shape[-2], visual.pixels.shape[-1])[0] for visual in visuals]
         before = texts[0] + "".join(image + text for image, text in zip(shown, texts[1:], strict=True))
         specials = "|".join(re.escape(str(t.content)) for t in self.tokenizer.added_tokens_decoder.values())
         left = max((m.end() for m in re.finditer(specials, before)), default=0)
@@ -159,15 +164,17 @@ class HFVLMBackbone(Backbone):
 
     def visual_ids(self, height: int, width: int) -> Tensor:
         """See `Backbone.visual_ids`; what the chat template and the processor put around an image belongs to it."""
-        return self._template_ids(self._expansion(height, width))
+        return self._expansion(height, width)[1].clone()
 
     def _template_ids(self, text: str) -> Tensor:
         """(n,) ids of a text whose special tokens are meant."""
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
-    def _expansion(self, height: int, width: int) -> str:
-        """The text by which an image of this size is shown."""
+    def _expansion(self, height: int, width: int) -> tuple[str, Tensor]:
+        """The text by which an image of this size is shown, and its ids."""
         if (height, width) not in self._expansions:
+            if len(self._expansions) == SIZES:
+                self._expansions.clear()
             if self.grid is not None:
                 tokens = (height // self.grid) * (width // self.grid)
                 one = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
@@ -176,18 +183,17 @@ class HFVLMBackbone(Backbone):
                 blank = torch.zeros(3, height, width)
                 ids = self.processor(text=[self.marker], images=[blank], text_kwargs={"add_special_tokens": False})
                 text = str(self.tokenizer.decode(ids["input_ids"][0], skip_special_tokens=False))
-            self._expansions[height, width] = text
+            self._expansions[height, width] = text, self._template_ids(text)
         return self._expansions[height, width]
 
     def process(self, pixels: Sequence[Tensor]) -> dict[str, Any]:
         """What the vision tower takes of images (3, h, w) in [0, 1]."""
-        inputs = self.processor.image_processor(
-            list(pixels),
-            do_rescale=False,
-            **({"do_resize": False} if self.grid else {}),
-            input_data_format="channels_first",
-            return_tensors="pt",
-        )
+        options = {"do_rescale": False, "input_data_format": "channels_first", "return_tensors": "pt"}
+        if self.grid is not None:
+            inputs = dict(self.processor.image_processor(list(pixels), do_resize=False, **options))
+        else:  # the processor has options for images of its own, over those of the image processor
+            parts = [self.processor(text=[self.marker], images=[image], **options) for image in pixels]
+            inputs = {name: join([part[name] for part in parts]) for name in parts[0] if name not in OF_TEXT}
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
@@ -299,13 +305,18 @@ def image_marker(processor: Any, name: str) -> str:
     """What the chat template writes for one image, such as ``<|vision_start|><|image_pad|><|vision_end|>``."""
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"Expected the processor of {name!r} to have a chat template, but it has none.")
-    question = {"type": "text", "text": QUESTION}
-    without = render(processor, [question]).split(QUESTION)[0]
-    marked = render(processor, [{"type": "image"}, question]).split(QUESTION)[0]
-    shared = next((k for k, (a, b) in enumerate(zip(without, marked, strict=False)) if a != b), len(without))
-    if not marked[shared:]:
-        raise ValueError(f"Expected the chat template of {name!r} to show an image, but it writes nothing for it.")
-    return marked[shared:]
+    image, question = {"type": "image"}, {"type": "text", "text": QUESTION}
+    # what a second image adds: some templates write more around the first, or between images and text
+    one = render(processor, [image, question]).split(QUESTION)[0]
+    two = render(processor, [image, image, question]).split(QUESTION)[0]
+    start = next((k for k, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
+    marker = two[start : start + len(two) - len(one)]
+    if not marker or one.count(marker) != 1:
+        raise ValueError(
+            f"Expected the chat template of {name!r} to show all images alike, but with one it gives {one!r}, with two "
+            f"{two!r}."
+        )
+    return marker
 
 
 def patch_grid(image_processor: Any) -> int | None:

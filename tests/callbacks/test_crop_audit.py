@@ -37,11 +37,12 @@ def looked(count: int = 4) -> list[Trajectory]:
     return LocalEngine().rollout(backbone, [Request(s, 0) for s in make_samples(count)], GREEDY)
 
 
-def audited(backbone: TimmLMBackbone, **options: object) -> dict[str, float]:
+def audited(backbone: TimmLMBackbone, micro_batch: int | None = None, **options: object) -> dict[str, float]:
     rollout = RolloutCallback(rewards={"accuracy": Accuracy()}, evaluations={"greedy": GREEDY})
     audit = CropAudit(**{"share": 1.0, **options})  # type: ignore[arg-type]
     runner = trainer(None, rollout, audit, limit_val_batches=1.0)
-    runner.validate(SFTModule(backbone), Batches([SampleBatch(make_samples(8))]), verbose=False)
+    module = SFTModule(backbone, micro_batch=micro_batch)
+    runner.validate(module, Batches([SampleBatch(make_samples(8))]), verbose=False)
     return {name: float(value) for name, value in runner.callback_metrics.items()}
 
 
@@ -54,6 +55,13 @@ def test_the_audit_tells_a_policy_that_uses_its_crops_from_one_that_ignores_them
         assert abs(sees[f"val/audit/{how}/log_likelihood_gap"]) > 1e-3
         assert ignores[f"val/audit/{how}/log_likelihood_gap"] == pytest.approx(0.0, abs=1e-6)
         assert ignores[f"val/audit/{how}/accuracy_gap"] == 0.0
+
+
+def test_trajectories_one_at_a_time_are_audited_alike(zooming: TimmLMBackbone) -> None:
+    together, apart = audited(fresh(zooming)), audited(fresh(zooming), micro_batch=1)
+    name = "val/audit/blank/log_likelihood_gap"
+    assert apart[name] == pytest.approx(together[name], abs=1e-4)
+    assert abs(apart["val/audit/swap/log_likelihood_gap"]) > 1e-3  # images of the other questions are there to swap
 
 
 def test_accuracy_gap_is_what_is_lost_without_the_crop(zooming: TimmLMBackbone) -> None:
@@ -103,7 +111,7 @@ def test_swapping_needs_a_second_image() -> None:
 
 def test_a_retold_trajectory_has_other_crops_and_the_same_tokens() -> None:
     trajectories = looked()
-    again = retold(trajectories, scripted([]), "blank", seed=0)
+    again = retold(trajectories, scripted([]), "blank", [], seed=0)
     for one, other in zip(trajectories, again, strict=True):
         assert torch.equal(one.completion_ids, other.completion_ids)
         assert one.visuals[0] is other.visuals[0]

@@ -238,3 +238,19 @@ def test_batches_without_samples_pass_through(kind: type[PolicyModule], tmp_path
     assert run.validate(module, batches, verbose=False) == [{}]
     assert run.test(module, batches, verbose=False) == [{}]
     assert (tmp_path / "predictions.jsonl").read_text() == ""
+
+
+def test_rollouts_keep_what_autocast_casts_and_training_does_not(zooming: TimmLMBackbone) -> None:
+    kept: list[bool] = []
+
+    class Asked(Watched):
+        def rollout(self, backbone: Backbone, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
+            kept.append(torch.is_autocast_cache_enabled())
+            return super().rollout(backbone, requests, decoding)
+
+    before = torch.is_autocast_cache_enabled()
+    runner = trainer(None, training(Asked()), max_steps=1, max_epochs=-1, precision="bf16-mixed")
+    runner.fit(RGRPOModule(fresh(zooming), optimizer=ADAM), Batches([SampleBatch(make_samples(2))]))
+    assert kept
+    assert all(kept)
+    assert torch.is_autocast_cache_enabled() == before

@@ -51,7 +51,8 @@ def test_it_is_the_difference_of_two_log_likelihoods(zooming: TimmLMBackbone) ->
     backbone = fresh(zooming)
     answered = [with_answer(backbone, t, t.sample.answers[0]) for t in trajectories]
     seen, unseen = (
-        log_likelihoods(backbone, version, 2048, 4096) for version in (answered, retold(answered, backbone, "blank", 0))
+        log_likelihoods(backbone, version, 2048, 4096)
+        for version in (answered, retold(answered, backbone, "blank", [], 0))
     )
     found = gain(backbone, cap=100.0).batch(trajectories)
     assert found == pytest.approx((seen - unseen).tolist(), abs=1e-5)
