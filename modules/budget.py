@@ -70,10 +70,16 @@ def token_table(backbone: Backbone, sizes: Sequence[tuple[int, int]]) -> list[Vi
 
 
 def visual_tokens(backbone: Backbone, name: str, size: tuple[int, int]) -> VisualTokens:
-    """See `VisualTokens`; crops of a pixel, a quarter, both halves and the whole image are tried."""
+    """See `VisualTokens`; crops of a pixel, a quarter, the whole image and strips of several shapes are tried.
+
+    Where tokens follow the shape and not the area (tiles), another shape may come to a few more.
+    """
     height, width = float(size[0]), float(size[1])
     pixel, quarter, whole = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, width / 2, height / 2), (0.0, 0.0, width, height)
-    boxes: list[Box] = [pixel, quarter, (0.0, 0.0, width / 2, height), (0.0, 0.0, width, height / 2), whole]
+    strips: list[Box] = [
+        box for k in (2, 3, 4, 6) for box in ((0.0, 0.0, width / k, height), (0.0, 0.0, width, height / k))
+    ]
+    boxes = [pixel, quarter, whole, *strips]
     crops = [len(backbone.visual_ids(*backbone.crop_scaler.output_size(box, size))) for box in boxes]
     image = len(backbone.visual_ids(*backbone.image_scaler.output_size(whole, size)))
     return VisualTokens(name, size, image, quarter=crops[1], smallest=min(crops), largest=max(crops))
