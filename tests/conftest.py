@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from modules.backbones.fragments import FragmentVocabulary
-from modules.backbones.timm_lm import LanguageConfig, ScalerConfig, TimmLMBackbone, TokenizerConfig, VisionConfig
+from modules.backbones.scaling import ScalerConfig
+from modules.backbones.timm_lm import LanguageConfig, TimmLMBackbone, TokenizerConfig, VisionConfig
 from modules.functional.boxes import BoxSpace, fit_to_grid, from_original
 from modules.replay import Replayer
 from modules.scoring import collate, token_log_probs
-from modules.trajectory import Region, Sample, Step
+from modules.trajectory import Region, Sample, Step, Visual
 
 CARDS = Path(__file__).parent / "data" / "cards"
 CARD_QUESTION = "What is the rank of the left-most card?"
@@ -88,6 +89,14 @@ class Scripted(TimmLMBackbone):
             logits[row, self.lines[k][self.cursor[k]]] = 50.0
             self.cursor[k] += 1
         return logits
+
+
+class Blind(TimmLMBackbone):
+    """Sees whole images; every crop is the same to it."""
+
+    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
+        features = super().encode(visuals)
+        return [f if v.role == "image" else torch.zeros_like(f) for f, v in zip(features, visuals, strict=True)]
 
 
 def scripted(texts: list[str], **kwargs: object) -> Scripted:

@@ -10,9 +10,9 @@ from modules.backbones.base import packed_mask
 from modules.backbones.cache import RaggedCache
 from modules.backbones.fragments import FragmentVocabulary, fragment_tokenizer
 from modules.backbones.projectors import ProjectorConfig
+from modules.backbones.scaling import ScalerConfig
 from modules.backbones.timm_lm import (
     LanguageConfig,
-    ScalerConfig,
     TimmLMBackbone,
     TokenizerConfig,
     VisionConfig,

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.families import build
 from modules.backbones.cache import RaggedCache
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.timm_lm import ScalerConfig, TimmLMBackbone
+from modules.backbones.scaling import ScalerConfig
+from modules.backbones.timm_lm import TimmLMBackbone
 from modules.budget import (
     Memory,
     VisualTokens,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modules.backbones.timm_lm import ScalerConfig, TimmLMBackbone
+from modules.backbones.scaling import ScalerConfig
+from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import Decoding, GroupSampler, LocalEngine, Request
 from modules.environment import REFUSALS
 from modules.scoring import collate, token_log_probs

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from modules.backbones.timm_lm import ScalerConfig
+from modules.backbones.scaling import ScalerConfig
 from modules.engine import Decoding, LocalEngine, Request
 from modules.environment import REFUSALS
 from modules.metrics import MEASURED, Tally, last_iou, measure

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.backbones.timm_lm import ScalerConfig, TimmLMBackbone
+from modules.backbones.scaling import ScalerConfig
+from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import Decoding, LocalEngine, Request
 from modules.replay import Replayer
 from modules.trajectory import Region, Sample, Step, StopReason, Trajectory

@@ -16,7 +16,8 @@ from modules.backbones.base import Backbone
 from modules.backbones.cache import RaggedCache
 from modules.backbones.hf_vlm import HFVLMBackbone
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.backbones.timm_lm import ScalerConfig, TimmLMBackbone
+from modules.backbones.scaling import ScalerConfig
+from modules.backbones.timm_lm import TimmLMBackbone
 from modules.policy import PolicyError, freeze_matching
 from modules.self_check import Parity, check, learn, measure, roll_out, scripts
 from modules.trajectory import Trajectory, Visual

@@ -241,12 +241,24 @@ class HFVLMBackbone(Backbone):
         self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: RaggedCache | None = None
     ) -> Tensor:
         """See `Backbone.forward`."""
+        return self._decode(embeddings, position_ids, attention_mask, cache)
+
+    def _decode(
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cache: RaggedCache | None,
+        **more: Any,
+    ) -> Tensor:
+        """`forward`, with what else the language model of a family takes."""
         hidden: Tensor = self.decoder(
             inputs_embeds=embeddings,
             position_ids=position_ids if self.position_axes > 1 else position_ids[0],
             attention_mask=layer_masks(attention_mask, position_ids[0], self.text_config, embeddings.dtype),
             past_key_values=cache,
             use_cache=cache is not None,
+            **more,
         ).last_hidden_state
         return hidden
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from modules.backbones.cache import RaggedCache
 from modules.backbones.hf_vlm import HFVLMBackbone, flat
-from modules.backbones.masks import layer_masks
 from modules.backbones.scaling import TokenLimits
 
 
@@ -62,15 +61,13 @@ class QwenVLBackbone(HFVLMBackbone):
         """See `Backbone.forward`."""
         tokens, *deeper = embeddings.split(self.width, -1)
         if not deeper:
-            return super().forward(tokens, position_ids, attention_mask, cache)
-        hidden: Tensor = self.decoder(
-            inputs_embeds=tokens,
-            position_ids=position_ids,
-            attention_mask=layer_masks(attention_mask, position_ids[0], self.text_config, tokens.dtype),
-            past_key_values=cache,
-            use_cache=cache is not None,
+            return self._decode(tokens, position_ids, attention_mask, cache)
+        return self._decode(
+            tokens,
+            position_ids,
+            attention_mask,
+            cache,
             # everywhere: zeros are added where there is text
             visual_pos_masks=torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device),
             deepstack_visual_embeds=[features.flatten(0, 1) for features in deeper],
-        ).last_hidden_state
-        return hidden
+        )

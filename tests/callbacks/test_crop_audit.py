@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,21 +13,13 @@ from modules.counterfactual import replace_crops, retold, with_answer
 from modules.engine import Decoding, LocalEngine, Request
 from modules.rewards import Accuracy
 from modules.sft import SFTModule
-from modules.trajectory import Group, Region, SampleBatch, Trajectory, Visual
-from tests.conftest import make_samples, scripted
+from modules.trajectory import Group, Region, SampleBatch, Trajectory
+from tests.conftest import Blind, make_samples, scripted
 from tests.fitting import Batches, fresh, trainer
 
 GREEDY = Decoding(0.0, max_turns=3, max_turn_tokens=8)
 BOX = '<think>I zoom in on red {"bbox_2d": [8, 12, 40, 44]}'
 ANSWER = "I can read it now.</think><answer>0</answer>"
-
-
-class Blind(TimmLMBackbone):
-    """Sees whole images; every crop is the same to it."""
-
-    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        features = super().encode(visuals)
-        return [f if v.role == "image" else torch.zeros_like(f) for f, v in zip(features, visuals, strict=True)]
 
 
 def looked(count: int = 4) -> list[Trajectory]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import Tensor
 
 from callbacks.rollout import RolloutCallback
 from modules.backbones.timm_lm import TimmLMBackbone
@@ -18,21 +15,13 @@ from modules.policy import PolicyError
 from modules.rewards import InformationGain
 from modules.rgrpo import RGRPOModule
 from modules.sft import SFTModule
-from modules.trajectory import SampleBatch, Trajectory, Visual
-from tests.conftest import make_samples, scripted
+from modules.trajectory import SampleBatch, Trajectory
+from tests.conftest import Blind, make_samples, scripted
 from tests.fitting import Batches, fresh, trainer
 
 GREEDY = Decoding(0.0, max_turns=3, max_turn_tokens=8)
 LOOKS = '<think>I zoom in on red {"bbox_2d": [8, 12, 40, 44]}I can read it now.</think><answer>0</answer>'
 GLANCES = "I can read it now.</think><answer>0</answer>"
-
-
-class Blind(TimmLMBackbone):
-    """Sees whole images; every crop is the same to it."""
-
-    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        features = super().encode(visuals)
-        return [f if v.role == "image" else torch.zeros_like(f) for f, v in zip(features, visuals, strict=True)]
 
 
 def told(*texts: str) -> list[Trajectory]:
