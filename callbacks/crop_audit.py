@@ -10,7 +10,7 @@ from typing import Any, get_args
 import lightning as L
 
 from callbacks.rollout import RolloutCallback
-from modules.counterfactual import Replacement, likelihood_gaps
+from modules.counterfactual import Replacement, images_of, likelihood_gaps
 from modules.engine import Request
 from modules.metrics import Tally
 from modules.policy import PolicyModule
@@ -106,7 +106,7 @@ class CropAudit(L.Callback):
             return
         rollout = rollout_of(trainer)
         rows: list[dict[str, float]] = [{} for _ in groups]
-        images = {id(image) for group in groups for image in group.sample.images}
+        images = images_of(group.sample for group in groups)
         with trainer.precision_plugin.forward_context():
             for how in self.replacements:
                 possible = how != "swap" or len(images) > 1

@@ -142,7 +142,9 @@ def rollouts(trainer: L.Trainer, module: PolicyModule, split: Split) -> tuple[li
     if split == "train" and isinstance(module, RGRPOModule):
         decodings.append(rollout.decoding)
         at_once = data.batch_size * rollout.sampler.size
-        learning = math.ceil(at_once / module.objective.mini_batches)
+        learning = (
+            math.ceil(data.batch_size / module.objective.mini_batches) * rollout.sampler.size
+        )  # groups stay whole
         learning = min(module.micro_batch or learning, learning)
     if split == "test" or data.records.get("val"):
         decodings += rollout.evaluations.values()

@@ -55,6 +55,8 @@ class RolloutCallback(L.Callback):
         self.decoding = decoding
         self.evaluations = evaluations or {"greedy": replace(self.decoding, temperature=0.0)}
         self.seed = seed
+        if not 0 <= max_failed <= 1:
+            raise ValueError(f"Expected `max_failed` to be a share, from 0 to 1, but got {max_failed}.")
         self.max_failed = max_failed
         self.iteration = 0
         self._predictions: TextIO | None = None
@@ -184,9 +186,8 @@ class RolloutCallback(L.Callback):
             requests = [Request(s, _stable_seed(s, self.seed)) for s in batch.samples]
             trajectories = self._rollout(trainer, pl_module, requests, decoding)
             with trainer.precision_plugin.forward_context():
-                components, totals = score(
-                    self.rewards if self._tallies else {}, trajectories
-                )  # predictions are not judged
+                rewards = self.rewards if self._tallies else {}  # predictions are not judged
+                components, totals = score(rewards, trajectories)
             batch.evaluations[mode] = [
                 Group(
                     sample=t.sample,

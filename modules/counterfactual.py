@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modules.backbones.base import Backbone
 from modules.functional.boxes import clip
+from modules.functional.grammar import ANSWER, END_ANSWER
 from modules.scoring import collate, token_log_probs
 from modules.trajectory import Box, Region, Sample, Trajectory, Visual
 
@@ -125,10 +126,10 @@ def with_answer(backbone: Backbone, trajectory: Trajectory, answer: str) -> Traj
     A turn that did not answer is asked to where it ended.
     """
     last = trajectory.turns[-1]
-    before, tag, _ = last.text.rpartition("<answer>")
+    before, tag, _ = last.text.rpartition(ANSWER)
     kept = trajectory.completion_ids[: last.start]
-    asked = backbone.tokenize((before if tag else last.text) + "<answer>")
-    told = backbone.tokenize(f"{answer}</answer>")
+    asked = backbone.tokenize((before if tag else last.text) + ANSWER)
+    told = backbone.tokenize(answer + END_ANSWER)
     ids = torch.cat([kept, asked, told])
     sampled = torch.zeros(len(ids), dtype=torch.bool)
     sampled[-len(told) :] = True

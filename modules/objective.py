@@ -118,7 +118,7 @@ class Objective:
         """Refuse what would be a setting without an effect."""
         takes = {
             "epsilon": (self.scale_by_std, "`scale_by_std: true`"),
-            "kl": (self.needs_reference, "a `beta` above 0"),
+            "kl": (self.needs_reference, "a `beta` above 0, or for its curve with `ratio_to: reference`"),
             "kl_in": (self.beta > 0, "a `beta` above 0"),
             "unbiased_kl": (
                 self.beta > 0 and self.kl_in == "loss" and self.kl != "k2",

@@ -20,7 +20,7 @@ from modules.trajectory import Trajectory
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-RESERVED = frozenset({"total", "failed", "group_std"})  # curves beside those of the components
+RESERVED = frozenset({"total", "failed", "group_std", "penalised"})  # curves beside those of the components
 _LARGEST = torch.finfo(torch.float32).max
 _REPORTED: set[tuple[str, str]] = set()  # failures are named once each, and counted always
 

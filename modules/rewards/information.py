@@ -14,7 +14,8 @@ from modules.trajectory import Trajectory
 class InformationGain(Reward):
     """Log-likelihood (nats) of the right answer with the crops minus with others in their place.
 
-    Two more passes over every trajectory that looked. 0 where nothing was looked at; NaN where no answer is known.
+    Two more passes over every trajectory that looked. 0 where nothing was looked at; NaN where no answer is known
+    and where ``swap`` finds no second image.
 
     Args:
         instead: what is shown in place of the crops; see `modules.counterfactual.replace_crops`.
@@ -49,13 +50,16 @@ class InformationGain(Reward):
         was_training = policy.backbone.training
         policy.backbone.eval()
         size = policy.micro_batch or max(len(trajectories), 1)
-        gaps = likelihood_gaps(
-            policy.backbone, trajectories, self.instead, size, policy.row_tokens, policy.head_chunk
-        ).tolist()
-        policy.backbone.train(was_training)
+        try:
+            gaps = likelihood_gaps(
+                policy.backbone, trajectories, self.instead, size, policy.row_tokens, policy.head_chunk
+            ).tolist()
+        finally:
+            policy.backbone.train(was_training)
         return [self._value(t, gap) for t, gap in zip(trajectories, gaps, strict=True)]
 
     def _value(self, trajectory: Trajectory, gap: float) -> float:
-        if not trajectory.sample.answers:
-            return math.nan
-        return 0.0 if math.isnan(gap) else min(max(gap, -self.cap), self.cap)
+        looked = any(turn.crop is not None for turn in trajectory.turns)
+        if trajectory.sample.answers and not looked:
+            return 0.0
+        return gap if math.isnan(gap) else min(max(gap, -self.cap), self.cap)

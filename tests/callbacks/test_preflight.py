@@ -249,7 +249,7 @@ def test_what_is_in_flight_and_what_is_learned_from(write_data: Callable[..., st
     module = RGRPOModule(zoomer(), objective=Objective(mini_batches=5), micro_batch=None)
     run = start(module, data)
     greedy, training = ROLLOUT["evaluations"]["greedy"], ROLLOUT["decoding"]
-    assert rollouts(run, module, "train") == ([training, greedy], 12, 3)  # 12 trajectories, in five steps
+    assert rollouts(run, module, "train") == ([training, greedy], 12, 4)  # 12 trajectories, in five steps
     module.micro_batch = 2
     assert rollouts(run, module, "train") == ([training, greedy], 12, 2)
     assert rollouts(run, module, "test") == ([greedy], 5, 0)

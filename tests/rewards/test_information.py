@@ -62,6 +62,12 @@ def test_without_a_look_there_is_no_gain_and_without_an_answer_no_knowing(zoomin
     assert math.isnan(values[1])
 
 
+def test_what_cannot_be_swapped_is_not_judged(zooming: TimmLMBackbone) -> None:
+    (alone,) = told(LOOKS)
+    assert math.isnan(gain(fresh(zooming), instead="swap").batch([alone])[0])
+    assert not any(map(math.isnan, gain(fresh(zooming), instead="swap").batch(told(LOOKS, LOOKS))))
+
+
 def test_the_cap_acts(zooming: TimmLMBackbone) -> None:
     (value,) = gain(fresh(zooming), cap=1e-4).batch(told(LOOKS))
     assert abs(value) == pytest.approx(1e-4)

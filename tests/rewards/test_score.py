@@ -183,3 +183,9 @@ def test_the_limit_itself_is_allowed() -> None:
     check_failures(rewards, values, totals, 0.5)
     with pytest.raises(PolicyError, match=r"got 50% of 2: a 1, b 1\."):
         check_failures(rewards, values, totals, 0.49)
+
+
+@pytest.mark.parametrize("share", [-0.1, 20.0, float("nan")])
+def test_the_share_that_may_fail_is_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match="`max_failed` to be a share"):
+        RolloutCallback(max_failed=share)
