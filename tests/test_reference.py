@@ -21,8 +21,8 @@ from modules.sft import SFTModule
 from modules.trajectory import SampleBatch, TrajectoryBatch
 from tests.conftest import make_backbone, make_samples
 from tests.fitting import Batches, fit, fresh, furthest, trainer, weights
+from tests.learning import Wordiness
 from tests.test_lora import scramble, with_lora
-from tests.test_rgrpo import Wordiness
 
 ADAM = partial(torch.optim.AdamW, lr=3e-3)
 KL = Objective(beta=0.1, inner_epochs=2)
