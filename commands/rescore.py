@@ -34,7 +34,7 @@ def scored(benchmark: str, predictions: str, annotations: str | None = None) -> 
     """The score as JSON.
 
     Args:
-        benchmark: scienceqa, mathvista, vstar, mmvp, pope, mme, mmmu or hallusionbench.
+        benchmark: a key of `modules.evaluation.BENCHMARKS`, such as mathvista; another word lists them all.
         predictions: the file of predictions; for mme, the folder of files by category or one of them.
         annotations: the benchmark's own file of questions, where the predictions do not hold the answers.
 

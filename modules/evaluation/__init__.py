@@ -1,4 +1,8 @@
-"""Benchmarks scored as their authors score them: a reader of published outputs and a pure function each."""
+"""Benchmarks scored as their authors score them: what brings the questions, what scores, what the authors' tools take.
+
+One entry of `BENCHMARKS` is one benchmark. Scorers are pure functions of rows; `rescore` applies them to files that
+anyone saved, `modules.evaluation.results` to what a run of ours answered.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.evaluation import hallusionbench, mathvista, mme, mmmu, options, pope, scienceqa
+from modules.evaluation import (
+    choices,
+    formats,
+    hallusionbench,
+    mathvision,
+    mathvista,
+    mme,
+    mmmu,
+    options,
+    pope,
+    scienceqa,
+    vqa,
+)
 from modules.evaluation.common import Row, Score, ScoreError
 from modules.evaluation.files import read_rows
+from modules.evaluation.formats import Files
 
 __all__ = ["BENCHMARKS", "Benchmark", "Row", "Score", "ScoreError", "rescore"]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark's files are read, and how rows are scored.
+    """How a benchmark's questions are found, its files are read and written, and its rows scored.
 
     Attributes:
+        source: the class of `datamodules.sources` that brings its questions.
         score: of predictions and, if there are some, annotations.
-        read: a file of either.
+        write: what the benchmark's own repository or server takes, of our own rows.
+        read: a file of predictions or annotations.
+        cluster: what the intervals take for one draw: questions about one image, or what the benchmark groups; the
+            name of the key of `Sample.meta`.
     """
 
+    source: str
     score: Callable[[Sequence[Row], Sequence[Row] | None], Score]
+    write: Callable[[Sequence[Row]], Files]
     read: Callable[[Path], list[Row]] = read_rows
+    cluster: str = "image_id"
 
 
 BENCHMARKS = {
-    "scienceqa": Benchmark(scienceqa.score, scienceqa.read),
-    "mathvista": Benchmark(mathvista.score),
-    "vstar": Benchmark(options.vstar, options.read_vstar),
-    "mmvp": Benchmark(options.mmvp, options.read_mmvp),
-    "pope": Benchmark(pope.score),
-    "mme": Benchmark(mme.score, mme.read),
-    "mmmu": Benchmark(mmmu.score),
-    "hallusionbench": Benchmark(hallusionbench.score),
+    "scienceqa": Benchmark("ScienceQA", scienceqa.score, formats.scienceqa_results, scienceqa.read),
+    "mathvista": Benchmark("MathVista", mathvista.score, formats.mathvista_output),
+    "mathvision": Benchmark("MathVision", mathvision.score, formats.mathvision_lines),
+    "mmmu": Benchmark("MMMU", mmmu.score, formats.mmmu_predictions),
+    "hallusionbench": Benchmark(
+        "HallusionBench", hallusionbench.score, formats.hallusionbench_list, cluster="set_of_figures"
+    ),
+    "mme": Benchmark("MME", mme.score, formats.mme_tables, mme.read),
+    "mme_realworld": Benchmark("MMERealWorld", choices.mme_realworld, formats.mme_realworld_list),
+    "pope": Benchmark("POPE", pope.score, formats.pope_lines),
+    "vstar": Benchmark("VStar", options.vstar, formats.vstar_lines, options.read_vstar),
+    "mmvp": Benchmark("MMVP", options.mmvp, formats.mmvp_lines, options.read_mmvp, cluster="pair"),
+    "cvbench": Benchmark("CVBench", choices.cvbench, formats.cvbench_table),
+    "hrbench": Benchmark("HRBench", choices.hrbench, formats.hrbench_table),
+    "textvqa": Benchmark("TextVQA", vqa.textvqa, formats.textvqa_list),
+    "docvqa": Benchmark("DocVQA", vqa.docvqa, formats.docvqa_list),
 }
 
 
@@ -48,21 +80,31 @@ def rescore(name: str, predictions: Path, annotations: Path | None = None) -> di
     if name not in BENCHMARKS:
         raise ScoreError(f"Expected a benchmark out of {', '.join(BENCHMARKS)}, but got {name!r}.")
     benchmark = BENCHMARKS[name]
-    rows = benchmark.read(predictions)
+    rows = of(name, benchmark.read(predictions), predictions)
     if not rows:
         raise ScoreError(f"Expected {str(predictions)!r} to hold predictions, but it has no rows.")
     labels = None if annotations is None else benchmark.read(annotations)
     if labels is not None and not labels:
         raise ScoreError(f"Expected {str(annotations)!r} to hold annotations, but it has no rows.")
     score = benchmark.score(rows, labels)
-    return {
-        "benchmark": name,
-        "n": score.n,
-        "accuracy": score.accuracy,
-        **score.extra,
-        **missing(rows, labels),
-        "breakdown": dict(score.breakdown),
-    }
+    return {"benchmark": name, **told(score), **missing(rows, labels), "breakdown": dict(score.breakdown)}
+
+
+def told(score: Score) -> dict[str, Any]:
+    """Everything but the breakdown, flat."""
+    return {"n": score.n, "accuracy": score.accuracy, **score.extra}
+
+
+def of(name: str, rows: Sequence[Row], path: Path) -> list[Row]:
+    """The rows of this benchmark: a run's predictions may be of several.
+
+    Raises:
+        ScoreError: if all are of another.
+    """
+    kept = [row for row in rows if row.source is None or row.source == name or row.source not in BENCHMARKS]
+    if rows and not kept:
+        raise ScoreError(f"Expected {str(path)!r} to hold predictions of {name}, but they are of {rows[0].source}.")
+    return kept
 
 
 def missing(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> dict[str, int]:

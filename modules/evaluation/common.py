@@ -20,11 +20,13 @@ class Row:
         where: file and row, for messages.
         id: the question's id, if the file has one.
         fields: what the file holds for it.
+        source: the data set that it is of, where the file says so (our own predictions do).
     """
 
     where: str
     id: str | None
     fields: Mapping[str, Any]
+    source: str | None = None
 
     def value(self, *names: str) -> Any:
         """The first of these fields that is there.
@@ -52,7 +54,7 @@ class Row:
 
     def joined(self, annotation: Row) -> Row:
         """This row with the fields of the annotation, which count where both have one."""
-        return Row(self.where, self.id, {**self.fields, **annotation.fields})
+        return Row(self.where, self.id, {**self.fields, **annotation.fields}, self.source)
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,16 @@ class Score:
         accuracy: share of them that is right.
         breakdown: further values by name; fractions unless the benchmark counts in points.
         extra: the main score where it is not an accuracy, and counts that belong beside the accuracy.
+        values: what each prediction earned, 0 to 1, in the order of the predictions.
+        measure: of what the mean of the values is: accuracy, or the name of one in ``extra``.
     """
 
     n: int
     accuracy: float
     breakdown: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    values: tuple[float, ...] = ()
+    measure: str = "accuracy"
 
 
 def keys(fields: Mapping[str, Any]) -> str:
@@ -78,15 +84,20 @@ def keys(fields: Mapping[str, Any]) -> str:
     return f"only: {names}" if names else "nothing"
 
 
-def mean(values: Iterable[bool]) -> float:
-    """Share of what is true; 0 of nothing."""
+def earned(right: Iterable[bool]) -> tuple[float, ...]:
+    """`Score.values` of a benchmark in which an answer is right or wrong."""
+    return tuple(map(float, right))
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean, of truths their share; 0 of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
 
 
-def shares(right: Sequence[bool], groups: Sequence[Iterable[str]]) -> dict[str, float]:
+def shares(right: Sequence[float], groups: Sequence[Iterable[str]]) -> dict[str, float]:
     """Accuracy by group; a question may be in several."""
-    members: dict[str, list[bool]] = {}
+    members: dict[str, list[float]] = {}
     for correct, names in zip(right, groups, strict=True):
         for name in names:
             members.setdefault(name, []).append(correct)

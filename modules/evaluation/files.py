@@ -1,8 +1,9 @@
-"""Reads files of predictions and annotations: JSON by id, JSON lists, JSON lines, and our own predictions."""
+"""Reads files of predictions and annotations: JSON by id, lists and lines, tables, parquet, and our own predictions."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from modules.evaluation.common import Row, ScoreError
 
-IDS = ("question_id", "pid", "id", "index", "Index")
+IDS = ("question_id", "questionId", "Question_id", "pid", "id", "idx", "index", "Index")
+PIXELS = {"decoded_image", "image_preview"}  # columns beside ``image`` that hold pictures
 OWN = {"id", "mode", "answers", "answer", "stop"}  # a line of `callbacks.rollout.prediction` has all of these
 
 
@@ -50,12 +52,48 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of an object by id (of objects, or of predictions), a list of objects, or JSON lines.
+    """Rows of an object by id (of objects, or of predictions), a list of objects, JSON lines, a table or parquet.
+
+    An object whose ``data`` is a list is that list, as TextVQA and DocVQA have it.
 
     Raises:
         ScoreError: as `read_json`, or if it is none of these.
     """
-    return rows_of(read_json(path), path)
+    if path.suffix in (".csv", ".tsv"):
+        return read_csv(path, "\t" if path.suffix == ".tsv" else ",")
+    if path.suffix == ".parquet" or (path.is_dir() and sorted(path.glob("*.parquet"))):
+        return read_parquet(path)
+    value = read_json(path)
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    return rows_of(value, path)
+
+
+def read_parquet(path: Path) -> list[Row]:
+    """Rows of a parquet file, or of those of a folder in the order of their names; images are left where they are.
+
+    Raises:
+        ScoreError: if pyarrow is not installed, or a file cannot be read.
+    """
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ScoreError(f"Expected pyarrow to read {str(path)!r}, but it is not installed.") from error
+    rows = []
+    for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+        try:
+            table = parquet.ParquetFile(file)
+            kept = [field.name for field in table.schema_arrow if field.name not in PIXELS and not _binary(field.type)]
+            found = table.read(columns=kept).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            raise ScoreError(f"Expected parquet in {str(file)!r}, but got: {error}.") from error
+        rows += [_row(fields, f"{str(file)!r}, row {number}") for number, fields in enumerate(found, 1)]
+    return rows
+
+
+def _binary(kind: Any) -> bool:
+    """Whether a column holds images: structs with bytes, or lists of them."""
+    return "binary" in str(kind)
 
 
 def rows_of(value: Any, path: Path) -> list[Row]:
@@ -73,14 +111,15 @@ def rows_of(value: Any, path: Path) -> list[Row]:
     return [Row(f"{str(path)!r}, row {key!r}", key, {"prediction": entry}) for key, entry in value.items()]
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
     """Rows of a table with a header.
 
     Raises:
         ScoreError: as `read_text`, or if a row has more cells than the header.
     """
     rows = []
-    for number, fields in enumerate(csv.DictReader(read_text(path).splitlines()), 2):
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+    for number, fields in enumerate(table, 2):
         if None in fields:
             raise ScoreError(f"Expected {str(path)!r}, row {number} to have as many cells as the header.")
         rows.append(_row(fields, f"{str(path)!r}, row {number}"))
@@ -88,7 +127,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def own(rows: Sequence[Row]) -> list[Row]:
-    """Lines of our ``predictions.jsonl``: the greedy ones, or those of the only mode.
+    """Lines of our ``predictions.jsonl``: the greedy ones, or those of the only mode; of several draws the first.
 
     Raises:
         ScoreError: if there are several modes, and none is greedy.
@@ -97,15 +136,20 @@ def own(rows: Sequence[Row]) -> list[Row]:
     mode = modes[0] if len(modes) == 1 else "greedy"
     if mode not in modes:
         raise ScoreError(f"Expected {rows[0].where.split(',')[0]} to hold one mode or `greedy`, but got {modes}.")
-    return [_own_row(row) for row in rows if row.value("mode") == mode]
+    return [own_row(row) for row in rows if row.value("mode") == mode and row.fields.get("draw", 0) == 0]
 
 
-def _own_row(row: Row) -> Row:
-    answers, answer = row.value("answers"), row.value("answer") or ""
-    fields: dict[str, Any] = {"response": answer, "extraction": answer, "text": row.value("question")}
+def own_row(row: Row) -> Row:
+    """The final answer under the names that the scorers know, beside what the run kept of the benchmark's own row."""
+    answers, answer, annotation = row.value("answers"), row.value("answer") or "", row.fields.get("annotation") or {}
+    if not isinstance(annotation, Mapping):
+        raise ScoreError(f"Expected `annotation` of {row.where} to be an object, but got {annotation!r}.")
+    fields: dict[str, Any] = {"text": row.value("question")}
     if answers:
         fields["label"] = answers[0]
-    return Row(row.where, row.id, fields)
+    fields |= annotation
+    source = row.fields.get("source")
+    return Row(row.where, row.id, fields | {"response": answer, "extraction": answer}, source or None)
 
 
 def _row(fields: Any, where: str) -> Row:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from modules.evaluation.common import Row, Score, ScoreError, mean, shares
+from modules.evaluation.common import Row, Score, ScoreError, earned, mean, shares
 
 PARTS = ("category", "subcategory", "set_id", "figure_id", "question_id")
 VERDICT = "gpt4v_output_gpt_check"
@@ -50,7 +50,9 @@ def score(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Scor
             figures.setdefault((category, subcategory, group, figure), []).append(correct)
     groups = {"qAcc": questions, "fAcc": figures, "easy": easy, "hard": hard}
     breakdown = {"aAcc": mean(right), **{name: mean(map(all, group.values())) for name, group in groups.items()}}
-    return Score(len(rows), mean(right), {**breakdown, **shares(right, [(key[0],) for key in keys])})
+    return Score(
+        len(rows), mean(right), {**breakdown, **shares(right, [(key[0],) for key in keys])}, values=earned(right)
+    )
 
 
 def _annotated(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> list[Row]:
@@ -83,7 +85,7 @@ def _right(row: Row, key: tuple[str, ...]) -> bool:
 def _verdict(row: Row) -> str:
     if VERDICT in row.fields:
         return _one_of(row, VERDICT, (WRONG, RIGHT, UNCERTAIN))
-    said = says(row.text("model_prediction"))
+    said = says(row.text("model_prediction", "response"))
     if said == UNCERTAIN:
         return UNCERTAIN
     return RIGHT if said == _one_of(row, "gt_answer", ("0", "1")) else WRONG

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from modules.evaluation.common import Row, Score, ScoreError, annotated, mean, shares
+from modules.evaluation.common import Row, Score, ScoreError, annotated, earned, mean, shares
 
 FIELDS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")
 
@@ -51,7 +51,7 @@ def score(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Scor
     """Score rows by problem id with ``extraction``; answers and metadata may be in either file."""
     rows = annotated(predictions, annotations)
     right = [_right(row) for row in rows]
-    return Score(len(rows), mean(right), shares(right, [_groups(row) for row in rows]))
+    return Score(len(rows), mean(right), shares(right, [_groups(row) for row in rows]), values=earned(right))
 
 
 def _option(extraction: str, choices: Sequence[str]) -> str:

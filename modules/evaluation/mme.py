@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.evaluation.common import Row, Score, ScoreError, mean
-from modules.evaluation.files import read_text
+from modules.evaluation.common import Row, Score, ScoreError, earned, mean
+from modules.evaluation.files import read_rows, read_text
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -21,7 +21,12 @@ CELLS = ("image", "question", "answer", "response")
 
 
 def read(path: Path) -> list[Row]:
-    """A folder of ``<category>.txt``, or one such file: image, question, answer and response between tabs."""
+    """A folder of ``<category>.txt``, or one such file: image, question, answer and response between tabs.
+
+    Or our own predictions.
+    """
+    if path.suffix == ".jsonl":
+        return read_rows(path)
     files = [path]
     if path.is_dir():
         files = [path / f"{name}.txt" for name in PERCEPTION + COGNITION]
@@ -41,22 +46,36 @@ def score(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Scor
     """Score rows of `read`; answers stand in them, so that there are no annotations."""
     if annotations is not None:
         raise ScoreError("Expected no --annotations, for MME's result files hold the answers.")
-    categories: dict[str, list[bool]] = {}
     responses = [says(row.text("response")) for row in predictions]
-    for row, response in zip(predictions, responses, strict=True):
-        categories.setdefault(row.text("category"), []).append(response == _truth(row))
+    right = [response == _truth(row) for row, response in zip(predictions, responses, strict=True)]
+    categories: dict[str, list[list[bool]]] = {}
+    for pair in _pairs(predictions):
+        categories.setdefault(predictions[pair[0]].text("category"), []).append([right[k] for k in pair])
     breakdown: dict[str, float] = {}
     points: dict[str, float] = {}
-    for name, right in categories.items():
-        plus = mean(a and b for a, b in zip(right[::2], right[1::2], strict=True))
-        points[name] = 100 * (mean(right) + plus)
-        breakdown |= {f"{name}/accuracy": mean(right), f"{name}/accuracy_plus": plus, f"{name}/score": points[name]}
+    for name, images in categories.items():
+        share, plus = mean(correct for image in images for correct in image), mean(map(all, images))
+        points[name] = 100 * (share + plus)
+        breakdown |= {f"{name}/accuracy": share, f"{name}/accuracy_plus": plus, f"{name}/score": points[name]}
     sums = {part: _sum(points, names) for part, names in (("perception", PERCEPTION), ("cognition", COGNITION))}
     extra: dict[str, object] = {"score": sum(points.values()), "other": responses.count("other")}
     if lacking := [name for name in PERCEPTION + COGNITION if name not in points]:
         extra["categories_missing"] = lacking
-    right = [correct for values in categories.values() for correct in values]
-    return Score(len(right), mean(right), {**sums, **breakdown}, extra)
+    return Score(len(right), mean(right), {**sums, **breakdown}, extra, earned(right))
+
+
+def _pairs(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """The two questions on each image: lines after one another, or equal ``question_id`` in our own predictions."""
+    if not any("question_id" in row.fields for row in rows):
+        return [(k, k + 1) for k in range(0, len(rows), 2)]
+    images: dict[tuple[str, str], list[int]] = {}
+    for k, row in enumerate(rows):
+        images.setdefault((row.text("category"), row.text("question_id")), []).append(k)
+    for (_, name), members in images.items():
+        if len(members) != 2:
+            where = rows[members[-1]].where
+            raise ScoreError(f"Expected two questions on the image {name!r}, but {where} is one of {len(members)}.")
+    return [(a, b) for a, b in images.values()]
 
 
 def _read_category(path: Path) -> list[Row]:

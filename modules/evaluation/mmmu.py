@@ -2,15 +2,16 @@
 
 Rule: eval/main_eval_only.py and eval/eval_utils.py of MMMU-Benchmark/MMMU. A multiple-choice prediction is right if it
 is the letter. Of an open one, key phrases and numbers are read out; a number is right if it is equal to two decimals, a
-text if the answer stands in it.
+text if the answer stands in it. Raw responses (``output.json``) are read as by parse_multi_choice_response there, which
+guesses where it finds no option; here that is wrong.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from modules.evaluation.common import Row, Score, ScoreError, annotated, choice, mean, shares
+from modules.evaluation.common import Row, Score, ScoreError, annotated, choice, earned, mean, shares
 
 DISCIPLINES = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -76,12 +77,14 @@ def right_open(answers: Sequence[str], response: str) -> bool:
 
 def score(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Score:
     """Score ``{id: prediction}`` with answer_dict_val.json, or our own predictions with it."""
-    if annotations is None:
+    if annotations is None and any("question_type" not in row.fields for row in predictions):
         raise ScoreError("Expected --annotations with MMMU's answer_dict_val.json, for predictions hold no answers.")
     rows = annotated(predictions, annotations)
     subjects = [_subject(row) for row in rows]
     right = [_right(row) for row in rows]
-    return Score(len(rows), mean(right), shares(right, [(name, DISCIPLINE[name]) for name in subjects]))
+    return Score(
+        len(rows), mean(right), shares(right, [(name, DISCIPLINE[name]) for name in subjects]), values=earned(right)
+    )
 
 
 def _shortest(found: Sequence[str]) -> str:
@@ -98,10 +101,46 @@ def _right(row: Row) -> bool:
     kind = row.text("question_type")
     if kind != "multiple-choice":
         return right_open(answers, row.text("prediction", "response"))
+    return letter(row) in answers
+
+
+def letter(row: Row) -> str:
+    """The option that a multiple-choice prediction names; empty if none.
+
+    A ``prediction`` is the letter. A raw ``response`` with ``all_choices`` and ``index2ans`` is read by the official
+    `parse_choice`, any other by `common.choice`.
+    """
     if "prediction" in row.fields:
-        return row.text("prediction") in answers
-    pick = choice(row.text("response"), (), count=26)
-    return pick is not None and chr(ord("A") + pick) in answers
+        return row.text("prediction")
+    if "index2ans" in row.fields:
+        texts = row.value("index2ans")
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise ScoreError(f"Expected `index2ans` of {row.where} to be option texts by letter, but got {texts!r}.")
+        return parse_choice(row.text("response"), texts)
+    options = row.fields.get("options")
+    texts = options if isinstance(options, list) else ()
+    pick = choice(row.text("response"), texts, count=len(texts) or 26)
+    return "" if pick is None else chr(ord("A") + pick)
+
+
+def parse_choice(response: str, texts: Mapping[str, str]) -> str:
+    """The option that a raw response names; empty where the official reader guesses at random.
+
+    The last letter in parentheses, else the last letter between blanks, else, of more than five words, the option
+    whose text stands last.
+    """
+    for mark in ",.!?;:'":
+        response = response.strip(mark)
+    padded = f" {response} "
+    for form in ("({})", " {} "):
+        found = {name: padded.rfind(form.format(name)) for name in texts if form.format(name) in padded}
+        if found:
+            return max(found, key=lambda name: found[name])
+    if len(padded.split()) <= 5:
+        return ""
+    places = {name: padded.lower().rfind(text.lower()) for name, text in texts.items()}
+    named = {name: place for name, place in places.items() if place >= 0}
+    return max(named, key=lambda name: named[name]) if named else ""
 
 
 def _answers(row: Row) -> list[str]:

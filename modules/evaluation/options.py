@@ -13,7 +13,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from modules.evaluation.common import Row, Score, ScoreError, annotated, choice, letter_index, mean, options, shares
+from modules.evaluation.common import (
+    Row,
+    Score,
+    ScoreError,
+    annotated,
+    choice,
+    earned,
+    letter_index,
+    mean,
+    options,
+    shares,
+)
 from modules.evaluation.files import read_csv, read_json, read_rows, rows_of
 
 CATEGORIES = ("direct_attributes", "relative_position")
@@ -47,7 +58,9 @@ def vstar(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Scor
     picks = [_vstar_pick(row) for row in rows]
     labels = [0 if "option_chosen" in row.fields else _label(row) for row in rows]
     right = [pick == label for pick, label in zip(picks, labels, strict=True)]
-    return Score(len(rows), mean(right), shares(right, [_category(row) for row in rows]), _unparsed(picks))
+    return Score(
+        len(rows), mean(right), shares(right, [_category(row) for row in rows]), _unparsed(picks), earned(right)
+    )
 
 
 def mmvp(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Score:
@@ -56,7 +69,9 @@ def mmvp(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Score
     picks = [_pick(row) for row in rows]
     right = [pick == _label(row) for pick, row in zip(picks, rows, strict=True)]
     pairs = mean(a and b for a, b in zip(right[::2], right[1::2], strict=True))
-    return Score(len(rows), mean(right), {}, {"pair_accuracy": pairs, "score": pairs, **_unparsed(picks)})
+    by_row = {row.where: correct for row, correct in zip(rows, right, strict=True)}
+    extra = {"pair_accuracy": pairs, "score": pairs, **_unparsed(picks)}
+    return Score(len(rows), mean(right), {}, extra, earned(by_row[row.where] for row in predictions))
 
 
 def _vstar_pick(row: Row) -> int | None:

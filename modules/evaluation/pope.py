@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modules.evaluation.common import Row, Score, ScoreError, by_id, mean, shares
+from modules.evaluation.common import Row, Score, ScoreError, by_id, earned, mean, shares
 
 
 def says_yes(answer: str) -> bool:
@@ -38,7 +38,9 @@ def score(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Scor
     right = [a == b for a, b in cells]
     groups = [[label.text("category")] if "category" in label.fields else [] for _, label in labelled]
     counts = {"TP": tp, "FP": fp, "TN": tn, "FN": fn}
-    return Score(len(cells), mean(right), {**breakdown, **shares(right, groups)}, {"score": f1, **counts})
+    return Score(
+        len(cells), mean(right), {**breakdown, **shares(right, groups)}, {"score": f1, **counts}, earned(right)
+    )
 
 
 def _labelled(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> list[tuple[Row, Row]]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.evaluation.common import Row, Score, ScoreError, annotated, mean, shares
+from modules.evaluation.common import Row, Score, ScoreError, annotated, earned, mean, shares
 from modules.evaluation.files import read_json, rows_of
 
 LETTERS = "ABCDE"
@@ -55,13 +55,13 @@ def parse(output: str, choices: int) -> int:
 
 def score(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> Score:
     """Score rows of `read`; ``results`` count where there are any, else ``outputs`` are read."""
-    if annotations is None:
+    if annotations is None and any("choices" not in row.fields for row in predictions):
         raise ScoreError("Expected --annotations with ScienceQA's problems.json, for results hold no answers.")
     rows = annotated(predictions, annotations)
     picks = [_pick(row) for row in rows]
     right = [pick == _answer(row) for pick, row in zip(picks, rows, strict=True)]
     groups = [_groups(row) for row in rows]
-    return Score(len(rows), mean(right), shares(right, groups), {"unparsed": picks.count(UNPARSED)})
+    return Score(len(rows), mean(right), shares(right, groups), {"unparsed": picks.count(UNPARSED)}, earned(right))
 
 
 def _pick(row: Row) -> int:

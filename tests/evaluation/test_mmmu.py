@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from modules.evaluation import ScoreError, rescore
-from modules.evaluation.mmmu import normalise, parse_open, right_open
+from modules.evaluation import Row, ScoreError, rescore
+from modules.evaluation.mmmu import normalise, parse_choice, parse_open, right_open, score
 
 
 def test_normalised_values() -> None:
@@ -81,3 +81,27 @@ def test_a_number_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps({"validation_Finance_3": 1.06}))
     with pytest.raises(ScoreError, match=r"`prediction` or `response` of .*'validation_Finance_3' to be a text"):
         rescore("mmmu", tmp_path / "p.json", tmp_path / "a.json")
+
+
+RAW = {  # parse_multi_choice_response of eval_utils.py; options red, blue, green
+    "(A) or (B): I say (B).": "B",  # the last in parentheses
+    "It is C": "C",
+    "A and then B ": "B",  # the last between blanks
+    "I think that it must be the green one": "C",  # more than five words: the option whose text stands last
+    "green": "",  # too short for that; officially a guess
+    "No idea at all about this question": "",
+}
+
+
+@pytest.mark.parametrize("response", RAW)
+def test_raw_responses_are_read_as_officially_but_never_guessed(response: str) -> None:
+    assert parse_choice(response, {"A": "red", "B": "blue", "C": "green"}) == RAW[response]
+
+
+def test_the_raw_output_is_scored() -> None:
+    fields = {"question_type": "multiple-choice", "answer": "B", "all_choices": ["A", "B"]}
+    raw = {**fields, "index2ans": {"A": "red", "B": "blue"}, "response": "So the answer is (B)."}
+    made = [Row("row 1", "validation_Art_1", raw), Row("row 2", "validation_Art_2", {**raw, "response": "(A)"})]
+    assert score(made, None).values == (1.0, 0.0)
+    with pytest.raises(ScoreError, match="`index2ans` of row 1 to be option texts by letter"):
+        score([Row("row 1", "validation_Art_1", {**raw, "index2ans": ["red"]})], None)
