@@ -1,5 +1,7 @@
 """Pictures of trajectories: where the boxes land, and that nothing odd breaks the page."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,19 @@ def test_trajectory_shows_each_box_in_its_colour_at_its_place() -> None:
     assert crops[:, (x1 + x2) // 2].sum() == pytest.approx(2 * (x2 - x1) / 2, abs=2)
     expected = [round(v * scale) for v in (130, 20, 180, 70)]
     assert extent(is_colour(image, ANNOTATED)) == pytest.approx(expected, abs=1)
+
+
+def test_a_chosen_zoom_is_told_beside_the_crop() -> None:
+    sample = Sample("id", "Where?", (flat(192, 192),))
+    plain = look((10, 40, 30, 60))
+    chosen = replace(plain, region=Region((10, 40, 30, 60), zoom=2.5))
+    (before, after) = (np.asarray(draw_trajectory(trajectory(sample, turn), {})) for turn in (plain, chosen))
+    assert before.shape == after.shape
+    rows, columns = np.where((before != after).any(-1))
+    _, top, right, _ = extent(is_colour(Image.fromarray(before), GROUND))
+    assert len(rows) > 20  # a few letters
+    assert columns.min() > right  # in the caption of the crop, and nowhere else
+    assert rows.max() < top + 20
 
 
 def test_a_box_is_drawn_on_the_image_it_names() -> None:

@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
 
-from callbacks.monitors import KINDS, Monitors, Rule, SetWeight, pearson, surprisal, token_kinds
+from callbacks.monitors import Monitors, Rule, SetWeight, pearson, surprisal
 from callbacks.rollout import RolloutCallback
 from callbacks.throughput import Throughput
 from modules.backbones.timm_lm import TimmLMBackbone
-from modules.engine import Decoding, GroupSampler, LocalEngine, Request
+from modules.engine import Decoding, GroupSampler
+from modules.functional.kinds import KINDS, token_kinds
 from modules.policy import PolicyError
 from modules.rewards import Reward
 from modules.rgrpo import Objective, RGRPOModule
 from modules.sft import SFTModule
-from modules.trajectory import Group, Region, Sample, SampleBatch, StopReason, Trajectory, Turn
-from tests.conftest import make_samples, scripted
+from modules.trajectory import Group, SampleBatch, Trajectory
+from tests.conftest import make_samples
 from tests.fitting import Batches, fit, fresh, trainer
+from tests.writing import spell, written
 
 SGD = partial(torch.optim.SGD, lr=1e-3)
 EVERY_BATCH = Objective(drop_zero_variance=False)  # is a step
@@ -331,71 +332,6 @@ def test_correlation_of_what_does_not_vary_is_not_known() -> None:
     assert pearson(x, -x) == pytest.approx(-1)
     assert math.isnan(pearson(x, torch.ones(4)))
     assert math.isnan(pearson(x, torch.tensor([1.0, math.nan, math.nan, 3.0])))  # one trajectory has both
-
-
-BOX_TURN = 'in \\frac{1}{2} {here: {"label": "cat", "bbox_2d": [1, 2, 30, 40]}'
-
-
-def written(*texts: str, stop: StopReason = StopReason.ANSWER, fault: str | None = None) -> Trajectory:
-    """A trajectory of one token a character, with three tokens of the environment after each turn but the last."""
-    ids: list[int] = []
-    sampled: list[bool] = []
-    turns = []
-    for text in texts:
-        start = len(ids)
-        ids += map(ord, text)
-        sampled += [True] * len(text)
-        asks = "bbox_2d" in text
-        region = Region((1, 2, 30, 40)) if asks and fault is None else None
-        turns.append(Turn(text, start, len(ids), region=region, fault=fault if asks else None))
-        if text is not texts[-1]:
-            ids += [ord("#")] * 3
-            sampled += [False] * 3
-    mask = torch.tensor(sampled)
-    log_probs = -torch.arange(1.0, len(ids) + 1) * mask
-    return Trajectory(
-        Sample("s", "?"), torch.tensor([0]), torch.tensor(ids), mask, log_probs, torch.full((len(ids),), math.nan), (),
-        tuple(turns), stop, None, "".join(texts),
-    )  # fmt: skip
-
-
-def spell(ids: Tensor) -> str:
-    return "".join(map(chr, ids.tolist()))
-
-
-def kinds(trajectory: Trajectory) -> dict[str, str]:
-    found = token_kinds(trajectory, spell)
-    assert torch.equal(sum(mask.int() for mask in found.values()), trajectory.sampled.int())  # type: ignore[arg-type]
-    return {kind: spell(trajectory.completion_ids[mask]) for kind, mask in found.items()}
-
-
-@pytest.mark.parametrize("fault", [None, "order"])
-def test_tokens_are_of_the_text_the_box_or_the_answer(fault: str | None) -> None:
-    last = "<answer>no</answer> so </think><answer> 42 </answer>"
-    box = '{"label": "cat", "bbox_2d": [1, 2, 30, 40]}'
-    assert kinds(written(BOX_TURN, last, fault=fault)) == {
-        "text": BOX_TURN.removesuffix(box) + last.replace(" 42 ", ""),
-        "box": box,
-        "answer": " 42 ",
-    }
-    assert kinds(written("<answer></answer>")) == {"text": "<answer></answer>", "box": "", "answer": ""}
-    unfinished = written(BOX_TURN, "<answer>4", stop=StopReason.TURN_LENGTH)
-    assert kinds(unfinished)["answer"] == ""
-    assert kinds(unfinished)["text"].endswith("<answer>4")
-
-
-def test_a_token_that_reaches_into_a_box_is_of_the_box() -> None:
-    """In this vocabulary one token is `red {"bbox_2d": [`, and one `I can read it now.</think><answer>`."""
-    text = '<think>I zoom in on red {"bbox_2d": [8, 12, 40, 44]}I can read it now.</think><answer>7</answer>'
-    backbone = scripted([text])
-    (trajectory,) = LocalEngine().rollout(
-        backbone, [Request(make_samples(1)[0], 0)], Decoding(0.0, max_turns=3, max_turn_tokens=12)
-    )
-    found = token_kinds(trajectory, backbone.detokenize)
-    ids = {kind: trajectory.completion_ids[mask] for kind, mask in found.items()}
-    assert backbone.detokenize(ids["box"]) == 'red {"bbox_2d": [8, 12, 40, 44]}'
-    assert backbone.detokenize(ids["answer"]) == "7"
-    assert [len(ids[kind]) for kind in KINDS] == [3, 5, 1]
 
 
 def test_surprisal_is_the_mean_of_each_kind() -> None:

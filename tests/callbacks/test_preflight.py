@@ -261,9 +261,11 @@ def test_what_is_in_flight_and_what_is_learned_from(write_data: Callable[..., st
 def test_text_only_questions(write_data: Callable[..., str], said: Say) -> None:
     data = VLIRDataModule(train=write_data())
     data.setup("fit")
-    for k, record in enumerate(data.records["train"]):
+    records = list(data.records["train"])
+    for k, record in enumerate(records):
         bare = replace(record.sample, images=(), regions=(), rationale=record.sample.rationale[1:])
-        data.records["train"][k] = replace(record, sample=bare, image_paths=())
+        records[k] = replace(record, sample=bare, images=())
+    data.records["train"] = records
     lines = said(RGRPOModule(zoomer()), data, Preflight(self_check=False))
     assert lines[0] == "prompts       up to 3 of 128 tokens; 3 of 3 questions were looked at"
     assert lines[1] == "trajectories  up to 21 of 128 tokens: prompt 3, turns 3 x 6, crops 2 x 0"

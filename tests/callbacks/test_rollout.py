@@ -214,6 +214,7 @@ def test_predictions_are_a_line_a_sample_and_mode(zooming: TimmLMBackbone, stage
         (line,) = [x for x in lines if x["id"] == t.sample.id and x["mode"] == "greedy"]
         assert (line["text"], line["answer"], line["stop"]) == (t.text, t.answer, t.stop.value)
         assert line["boxes"] == [list(region.box) for region in t.regions]
+        assert (line["zooms"], line["source"]) == ([None] * len(t.regions), t.sample.source)
         assert (line["question"], line["answers"], line["image_id"]) == (t.sample.question, list(t.sample.answers), "7")
         if stage == "test":
             assert line["correct"] == int(Accuracy()(t))

@@ -17,6 +17,8 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.data import DataLoader
 
 from callbacks.drawing import draw_trajectory
+from callbacks.layout import GAP, MARGIN
+from callbacks.timeline import CARD
 from callbacks.trajectory_log import TrajectoryLogger, best_and_worst, describe, literal, most_instructive, written
 from modules.trajectory import Group, Region, Sample, SampleBatch, StopReason, Trajectory, Turn, Visual
 
@@ -104,7 +106,8 @@ def test_pictures_and_text_can_be_read_back(tmp_path: Path) -> None:
 
     trained = {"train/trajectory/group", "train/trajectory/0", "train/trajectory/1"}
     followed = {f"val/trajectory/{place}" for place in range(3)}
-    assert set(events.Tags()["images"]) == trained | followed
+    timelines = {f"val/over_time/{place}" for place in range(3)}
+    assert set(events.Tags()["images"]) == trained | followed | timelines
     for tag in trained:
         assert [event.step for event in events.Images(tag)] == [0, 2, 4]  # 6 batches, every second
     for tag in followed:
@@ -119,6 +122,17 @@ def test_pictures_and_text_can_be_read_back(tmp_path: Path) -> None:
         total, advantage = float(mixed.totals[index]), float(mixed.advantages[index])
         expected = draw_trajectory(mixed.trajectories[index], {"accuracy": total}, total=total, advantage=advantage)
         np.testing.assert_array_equal(stored, np.asarray(expected))
+
+    # each with its earlier moments beside it
+    for tag in timelines:
+        first, second = (Image.open(io.BytesIO(event.encoded_image_string)) for event in events.Images(tag))
+        question = first.height - 1  # the pictures have the same moment on the left
+        assert first.height == second.height
+        left = (0, 0, MARGIN + CARD, question)
+        np.testing.assert_array_equal(np.asarray(first.crop(left)), np.asarray(second.crop(left)))
+        right = (MARGIN + CARD + GAP, MARGIN + 40, MARGIN + 2 * CARD + GAP, question)
+        assert len(first.crop(right).getcolors()) == 1  # nothing yet
+        assert len(second.crop(right).getcolors(10_000)) > 1
 
     # the same samples each time, across batches of two
     for place in range(3):
