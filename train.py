@@ -1,11 +1,15 @@
 """The command line.
 
     python train.py fit --config configs/quickstart/sft.yaml --run_dir runs/sft     # train
-    python train.py validate | test | predict --config ... --ckpt_path ...           # measure, predict
+    python train.py validate | test --config ... --ckpt_path ...                     # measure
+    python train.py predict --config ... --ckpt_path ... --image a.jpg --question "?"  # see it reason
     python train.py pipeline --config configs/quickstart/pipeline.yaml --seed 1      # stage after stage, and a report
+    python train.py ablate --grid configs/ablations/quickstart.yaml --seeds 3        # rows x seeds, and a table
     python train.py audit --config ... --model.init_args.init_from ...               # does the crop matter?
     python train.py export --ckpt_path runs/sft/last.ckpt --output exported          # a Hugging Face folder
+    python train.py postmortem runs/sft/faults/step3-batch3-rank0.pt                 # a batch without a finite loss
     python train.py rescore --benchmark mathvista --predictions output.json          # saved predictions, scored
+    python train.py compare runs/sft/test runs/rgrpo/test                            # two tests, by question
 
 Every value of a YAML file can be given on the command line after it, and several files follow one
 another: ``--config a.yaml --config b.yaml --model.init_args.clip_norm=0.5``. ``python train.py fit
@@ -17,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-RUNS = ("fit", "validate", "test", "predict")
+RUNS = ("fit", "validate", "test")
 
 
 def main(args: Sequence[str]) -> None:
@@ -47,9 +51,23 @@ def main(args: Sequence[str]) -> None:
     cli(args)
 
 
+def predict(args: Sequence[str]) -> None:
+    """What a policy says, of one's own pictures too."""
+    from commands.predict import main as run
+
+    run(args)
+
+
 def pipeline(args: Sequence[str]) -> None:
     """Several runs after one another, then a report."""
     from commands.pipeline import main as run
+
+    run(args)
+
+
+def ablate(args: Sequence[str]) -> None:
+    """The cells of a grid, and their table."""
+    from commands.ablate import main as run
 
     run(args)
 
@@ -68,6 +86,13 @@ def audit(args: Sequence[str]) -> None:
     cli(["test", *args, "--trainer.callbacks+=CropAudit"])
 
 
+def postmortem(args: Sequence[str]) -> None:
+    """What was in a batch whose step was left out."""
+    from commands.postmortem import main as run
+
+    run(args)
+
+
 def rescore(args: Sequence[str]) -> None:
     """The score of predictions that anyone saved."""
     from commands.rescore import main as run
@@ -75,11 +100,22 @@ def rescore(args: Sequence[str]) -> None:
     run(args)
 
 
+def compare(args: Sequence[str]) -> None:
+    """Two tests of the same questions."""
+    from commands.compare import main as run
+
+    run(args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "predict": predict,
     "pipeline": pipeline,
+    "ablate": ablate,
     "export": export,
     "audit": audit,
+    "postmortem": postmortem,
     "rescore": rescore,
+    "compare": compare,
 }
 
 if __name__ == "__main__":

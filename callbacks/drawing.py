@@ -267,6 +267,7 @@ def _panel(look: Look, width: int) -> Image.Image:
         return boxed(paragraph([("refused: ", BAD), (str(turn.fault), INK)], width - 24, 13, PANEL), width, BAD)
     x1, y1, x2, y2 = turn.region.box
     extent = f"   {x2 - x1:.0f} x {y2 - y1:.0f}" + (f" at {x1:.0f}, {y1:.0f}" if width >= 180 else "")
+    extent += "" if turn.region.zoom is None else f"   zoom {turn.region.zoom:g}"
     caption = paragraph([(f"crop {look.number}", look.colour), (extent, MUTED)], width, 13)
     if turn.crop is None:
         return stack([caption, boxed(paragraph([("not shown", MUTED)], width - 24, 13, PANEL), width)], width, 4)
@@ -343,7 +344,7 @@ def _verdict(rewards: dict[str, float]) -> Colour:
 
 
 def _number(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.2f}"
+    return "n/a" if math.isnan(value) else f"{value + 0.0:.2f}"  # no minus before a zero
 
 
 def _sign(value: float) -> Colour:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import difflib
 import itertools
 import logging
@@ -19,13 +18,12 @@ from torch import Tensor
 from callbacks.crop_audit import MEASURED as AUDITED
 from callbacks.crop_audit import CropAudit
 from callbacks.rollout import RolloutCallback
-from modules.functional.grammar import ANSWER, END_ANSWER
+from modules.functional.kinds import KINDS, token_kinds
 from modules.metrics import MEASURED
 from modules.policy import PolicyError, PolicyModule
 from modules.rgrpo import RGRPOModule
-from modules.trajectory import Group, SampleBatch, StopReason, Trajectory
+from modules.trajectory import Group, SampleBatch, Trajectory
 
-KINDS = ("text", "box", "answer")  # of what the policy writes
 logger = logging.getLogger(__name__)
 
 
@@ -260,7 +258,9 @@ def sometimes(trainer: L.Trainer, rolling: bool) -> set[str]:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for audit in (callback for callback in callbacks if isinstance(callback, CropAudit)):
         names |= {f"val/audit/{how}/{name}" for how in audit.replacements for name in AUDITED}
-    names |= {f"train/surprisal/{kind}" for kind in KINDS} if rolling else set()
+    if rolling:
+        names |= {f"train/{what}/{kind}" for what in ("surprisal", "entropy") for kind in KINDS}
+        names |= {"train/advantage/turn_mean", "train/advantage/turn_std"}
     return names | {f"{stage}/{name}" for stage in stages for name in MEASURED}
 
 
@@ -316,30 +316,3 @@ def surprisal(trajectories: Sequence[Trajectory], detokenize: Callable[[Tensor],
     told = [(trajectory, token_kinds(trajectory, detokenize)) for trajectory in trajectories]
     tokens = {kind: torch.cat([t.log_probs[kinds[kind]] for t, kinds in told]) for kind in KINDS if told}
     return {f"train/surprisal/{kind}": -float(found.mean()) for kind, found in tokens.items() if len(found)}
-
-
-def token_kinds(trajectory: Trajectory, detokenize: Callable[[Tensor], str]) -> dict[str, Tensor]:
-    """(C,) bool for each of `KINDS`, together the sampled tokens.
-
-    ``box``: in a turn that ended in a request, from the token that opens its object to the turn's end. ``answer``:
-    between the tags that ended the trajectory; a token that also holds part of a tag counts if it holds part of the
-    answer. ``text``: all others, the tags among them.
-    """
-    box, answer = torch.zeros_like(trajectory.sampled), torch.zeros_like(trajectory.sampled)
-
-    def place(start: int, ids: Tensor, at: int) -> int:
-        """Of the token that writes a turn's character ``at``."""
-        return start + bisect.bisect_right(range(len(ids)), at, key=lambda k: len(detokenize(ids[: k + 1])))
-
-    for turn in trajectory.turns:
-        if turn.region is not None or turn.fault is not None:
-            opening = turn.text.rfind("{", 0, turn.text.rfind("bbox_2d"))
-            box[place(turn.start, trajectory.completion_ids[turn.start : turn.stop], opening) : turn.stop] = True
-    if trajectory.stop is StopReason.ANSWER:
-        turn = trajectory.turns[-1]
-        ids = trajectory.completion_ids[turn.start : turn.stop]
-        close = turn.text.rfind(END_ANSWER)
-        opening = turn.text.rfind(ANSWER, 0, close) + len(ANSWER)
-        answer[place(turn.start, ids, opening) : place(turn.start, ids, close - 1) + 1] = True
-    box, answer = box & trajectory.sampled, answer & trajectory.sampled
-    return {"text": trajectory.sampled & ~box & ~answer, "box": box, "answer": answer}

@@ -7,7 +7,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import lightning as L
 import torch
@@ -171,24 +171,24 @@ def look_at(data: Any, split: Split, limit: int) -> tuple[list[Sample], int]:
     """
     found = getattr(data, "records", None)
     records = found.get(split, []) if isinstance(found, dict) else []
-    sizes: dict[Path, tuple[int, int]] = {}
+    sizes: dict[Any, tuple[int, int]] = {}
     samples = []
     for record in records[:: max(1, math.ceil(len(records) / limit))]:
         try:
-            for path in record.image_paths:
-                sizes[path] = sizes.get(path) or image_size(path)
-            images = [torch.empty(3, *sizes[path], dtype=torch.uint8, device="meta") for path in record.image_paths]
+            for image in record.images:
+                sizes[image] = sizes.get(image) or image_size(image.open())
+            images = [torch.empty(3, *sizes[image], dtype=torch.uint8, device="meta") for image in record.images]
             samples.append(record.finish(replace(record.sample, images=tuple(images))))
         except UNUSABLE:
             continue  # it is left out of training as well, where it is named
     return samples, len(records)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(file: Path | BinaryIO) -> tuple[int, int]:
     """(height, width) of an image file, turned as its EXIF data say, without decoding it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about large images; they have a limit of their own
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             # asked for EXIF data that do not stand at its beginning, a PNG is decoded
             known = image.format != "PNG" or "exif" in image.info
             turned = known and image.getexif().get(EXIF_ORIENTATION) in TURNED

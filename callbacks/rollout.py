@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from callbacks.predictions import Predictions, decided_by, kept, key, measured_of, sources_of, told
+from modules.comparison import advantage_metrics
 from modules.engine import Decoding, GroupSampler, LocalEngine, Request, RolloutEngine
+from modules.functional.confidence import confidence
 from modules.metrics import MEASURED, Tally, measure
 from modules.policy import PolicyError, PolicyModule
-from modules.rewards import Reward, check_failures, check_gates, score
+from modules.rewards import Reward, check_failures, check_gates, credited_by_turn, score, score_turns
 from modules.rgrpo import RGRPOModule
 from modules.trajectory import Group, Sample, SampleBatch, StopReason, Trajectory
+
+BY_SOURCE = ("accuracy", "zoom_rate")  # logged of each data set, if asked for
 
 
 class RolloutCallback(L.Callback):
@@ -36,6 +39,10 @@ class RolloutCallback(L.Callback):
             ``val/<metric>``, of the others ``val/<name>/<metric>``.
         seed: of the rollouts.
         max_failed: share of an iteration's trajectories on this rank that may go unjudged; more ends the run.
+        samples: of which evaluations how many trajectories a question are drawn; 1 where it is not named.
+        resume: whether a test goes on where one of the same policy, decoding and questions was interrupted; what it
+            answered is read from ``predictions.jsonl`` and not asked again.
+        by_source: log `BY_SOURCE` of the questions of each data set as well, as ``val/<source>/<metric>``.
     """
 
     def __init__(
@@ -47,6 +54,9 @@ class RolloutCallback(L.Callback):
         evaluations: dict[str, Decoding] | None = None,
         seed: int = 0,
         max_failed: float = 1.0,
+        samples: dict[str, int] | None = None,
+        resume: bool = False,
+        by_source: bool = False,
     ) -> None:
         self.engine = engine or LocalEngine()
         self.sampler = sampler
@@ -59,8 +69,15 @@ class RolloutCallback(L.Callback):
             raise ValueError(f"Expected `max_failed` to be a share, from 0 to 1, but got {max_failed}.")
         self.max_failed = max_failed
         self.iteration = 0
-        self._predictions: TextIO | None = None
+        self.samples = dict(samples or {})
+        self.resume, self.by_source = resume, by_source
+        for name, draws in self.samples.items():
+            if name not in self.evaluations or draws < 1:
+                known = sorted(self.evaluations)
+                raise ValueError(f"Expected `samples` to be at least 1 for some of {known}, but got {self.samples}.")
+        self._predictions: Predictions | None = None
         self._tallies: dict[str, Tally] = {}
+        self._by_source: dict[tuple[str, str], Tally] = {}  # (mode, source)
 
     def state_dict(self) -> dict[str, Any]:
         """The seed of the next rollout depends on the iteration."""
@@ -79,6 +96,12 @@ class RolloutCallback(L.Callback):
         """R-GRPO learns from rewards only."""
         if isinstance(pl_module, RGRPOModule) and not any(reward.weight for reward in self.rewards.values()):
             raise PolicyError("Expected `rollout.rewards` to hold a reward with a weight, for R-GRPO learns from them.")
+        by_turn = isinstance(pl_module, RGRPOModule) and pl_module.objective.credit == "turn"
+        if by_turn and not credited_by_turn(self.rewards):
+            raise PolicyError(
+                "Expected `rollout.rewards` to hold a turn reward with a weight (such as IoU) with `objective.credit: "
+                f"turn`, but got { ({name: type(reward).__name__ for name, reward in self.rewards.items()}) }."
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, batch_idx: int
@@ -93,25 +116,29 @@ class RolloutCallback(L.Callback):
         requests = self.sampler.requests(batch.samples, seed)
         trajectories = self._rollout(trainer, pl_module, requests, self.decoding)
         with trainer.precision_plugin.forward_context():  # some rewards ask the policy
-            components, totals = score(self.rewards, trajectories)
+            components, totals, pay = (
+                score_turns(self.rewards, trajectories)
+                if pl_module.objective.credit == "turn"
+                else (*score(self.rewards, trajectories), None)
+            )
         check_failures(self.rewards, components, totals, self.max_failed)
         size = self.sampler.size
         for n, sample in enumerate(batch.samples):
             members = slice(n * size, (n + 1) * size)
-            batch.groups.append(
-                Group(
-                    sample=sample,
-                    trajectories=tuple(trajectories[members]),
-                    rewards={name: values[members] for name, values in components.items()},
-                    totals=totals[members],
-                    advantages=pl_module.advantages(totals[members]),
-                )
+            group = Group(
+                sample=sample,
+                trajectories=tuple(trajectories[members]),
+                rewards={name: values[members] for name, values in components.items()},
+                totals=totals[members],
+                advantages=pl_module.advantages(totals[members]),
+                turn_pay=None if pay is None else pay.of(members),
             )
+            batch.groups.append(pl_module.credited(group))
         pl_module.log_now(lambda: training_metrics(batch.groups), len(trajectories))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count."""
-        self._begin()
+        self._begin(trainer, "val")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the means."""
@@ -119,7 +146,7 @@ class RolloutCallback(L.Callback):
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count."""
-        self._begin()
+        self._begin(trainer, "test")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the means."""
@@ -133,7 +160,9 @@ class RolloutCallback(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Predictions are saved as they come."""
-        self._open(trainer)
+        assert isinstance(pl_module, PolicyModule)
+        parts = (pl_module.backbone, self.evaluations, self.samples, self.seed)
+        self._predictions = Predictions(trainer, decided_by(trainer, *parts) if self.resume else None)
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, *_: Any
@@ -148,7 +177,7 @@ class RolloutCallback(L.Callback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Predictions are saved as they come."""
         self._tallies = {}
-        self._open(trainer)
+        self._predictions = Predictions(trainer)
 
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, *_: Any
@@ -168,8 +197,11 @@ class RolloutCallback(L.Callback):
         with trainer.precision_plugin.forward_context(), casts_kept():
             return self.engine.rollout(pl_module.backbone, requests, decoding)
 
-    def _begin(self) -> None:
+    def _begin(self, trainer: L.Trainer, split: str) -> None:
         self._tallies = {mode: Tally([*MEASURED, *map(curve, self.rewards)]) for mode in self.evaluations}
+        names = [name for name in BY_SOURCE if name in [*MEASURED, *map(curve, self.rewards)]]
+        sources = sources_of(trainer, split) if self.by_source else []
+        self._by_source = {(mode, source): Tally(names) for mode in self.evaluations for source in sources}
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for mode, tally in self._tallies.items():
@@ -177,14 +209,23 @@ class RolloutCallback(L.Callback):
             # one reduction, of the same names on every rank
             means = tally.means(lambda sums: trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum"))
             pl_module.log_dict({f"{prefix}/{name}": value for name, value in means.items()})
+        for (mode, source), tally in self._by_source.items():
+            prefix = f"{stage}/{source}" if mode == "greedy" else f"{stage}/{mode}/{source}"
+            means = tally.means(lambda sums: trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum"))
+            pl_module.log_dict({f"{prefix}/{name}": value for name, value in means.items()})
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch) -> None:
+        assert isinstance(pl_module, PolicyModule)
         if not batch.samples:
             return
         for mode, decoding in self.evaluations.items():
+            draws = self.samples.get(mode, 1)
+            asked = [(s, draw) for s in batch.samples for draw in range(draws)]
+            known = [] if self._predictions is None else self._predictions.known(mode, asked)
+            asked = [pair for pair in asked if (mode, pair[0].id, pair[1]) not in {key(line) for line in known}]
             # the same noise for a question in every evaluation, whatever batch it comes in
-            requests = [Request(s, _stable_seed(s, self.seed)) for s in batch.samples]
-            trajectories = self._rollout(trainer, pl_module, requests, decoding)
+            requests = [Request(s, _stable_seed(s, self.seed, draw)) for s, draw in asked]
+            trajectories = self._rollout(trainer, pl_module, requests, decoding) if requests else []
             with trainer.precision_plugin.forward_context():
                 rewards = self.rewards if self._tallies else {}  # predictions are not judged
                 components, totals = score(rewards, trajectories)
@@ -198,18 +239,23 @@ class RolloutCallback(L.Callback):
                 )
                 for k, t in enumerate(trajectories)
             ]
-            if mode in self._tallies:  # not in prediction
-                self._tallies[mode].add(map(numbers, batch.evaluations[mode]))
+            self._count(mode, [(group.sample.source, numbers(group)) for group in batch.evaluations[mode]])
+            self._count(mode, [(line["source"], measured_of(line)) for line in known])
             if self._predictions is not None:
-                for group in batch.evaluations[mode]:
-                    self._predictions.write(json.dumps(prediction(mode, group)) + "\n")
-                self._predictions.flush()
+                for group, (sample, draw) in zip(batch.evaluations[mode], asked, strict=True):
+                    sure = confidence(group.trajectories[0], pl_module.backbone.detokenize)
+                    line = {**prediction(mode, group), "confidence": sure, **kept(sample)}
+                    line |= {"draw": draw} if draws > 1 else {}
+                    line |= {"measured": told(numbers(group))} if self.resume else {}
+                    self._predictions.write([line])
 
-    def _open(self, trainer: L.Trainer) -> None:
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions.{trainer.global_rank}.jsonl"
-        self._predictions = (folder / name).open("w", encoding="utf-8")
+    def _count(self, mode: str, rows: list[tuple[str, dict[str, float]]]) -> None:
+        if mode not in self._tallies:  # in prediction
+            return
+        self._tallies[mode].add(row for _, row in rows)
+        for source, row in rows:
+            if (mode, source) in self._by_source:
+                self._by_source[mode, source].add([row])
 
     def _close(self) -> None:
         if self._predictions is not None:
@@ -240,17 +286,13 @@ def training_metrics(groups: list[Group]) -> dict[str, Tensor | float]:
         metrics[f"train/reward/{name}"] = float(values.nanmean())
         metrics[f"train/reward/failed/{name}"] = float(values.isnan().float().mean())
     totals = torch.stack([g.totals for g in groups])
-    advantages = torch.stack([g.advantages for g in groups])
     metrics["train/reward/total"] = float(totals.nanmean())
     metrics["train/reward/failed"] = float(totals.isnan().float().mean())
     spreads = [t[~t.isnan()].std() for t in totals if int((~t.isnan()).sum()) > 1]
     metrics["train/reward/group_std"] = float(torch.stack(spreads).mean()) if spreads else 0.0
     for reason in StopReason:
         metrics[f"train/stop/{reason.value}"] = sum(t.stop is reason for t in trajectories) / len(trajectories)
-    metrics["train/advantage/mean"] = float(advantages.mean())
-    metrics["train/advantage/std"] = float(advantages.std()) if advantages.numel() > 1 else 0.0
-    metrics["train/advantage/zero_groups"] = float((advantages == 0).all(-1).float().mean())
-    return metrics
+    return {**metrics, **advantage_metrics(groups)}
 
 
 def curve(reward: str) -> str:
@@ -272,12 +314,14 @@ def prediction(mode: str, group: Group) -> dict[str, Any]:
     line: dict[str, Any] = {
         "id": sample.id,
         "image_id": str(sample.meta.get("image_id", sample.id)),
+        "source": sample.source,
         "mode": mode,
         "question": sample.question,
         "answers": list(sample.answers),
         "answer": trajectory.answer,
         "text": trajectory.text,
         "boxes": [list(region.box) for region in trajectory.regions],
+        "zooms": [region.zoom for region in trajectory.regions],  # None: the zoom rule
         "crops": int(measured["crops"]),
         "iou": None if math.isnan(measured["iou"]) else measured["iou"],
         "stop": trajectory.stop.value,
@@ -289,6 +333,7 @@ def prediction(mode: str, group: Group) -> dict[str, Any]:
     return line
 
 
-def _stable_seed(sample: Sample, seed: int) -> int:
-    """A seed that depends on the question and on nothing else that changes between runs."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{sample.id}".encode()).digest()[:7], "big")
+def _stable_seed(sample: Sample, seed: int, draw: int = 0) -> int:
+    """A seed that depends on the question, which of its draws it is, and on nothing else that changes between runs."""
+    said = f"{seed}/{sample.id}" + (f"/{draw}" if draw else "")
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "big")

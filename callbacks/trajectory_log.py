@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from callbacks.drawing import draw_group, draw_trajectory, looks, member_rewards
+from callbacks.timeline import Timeline, draw_card
+from callbacks.writers import add_image, batches_done, writers
 from modules.trajectory import Group, SampleBatch, Trajectory
 
 
@@ -20,7 +21,8 @@ class TrajectoryLogger(Callback):
     In training, of the batch's groups the one whose rewards differ most is taken: ``train/trajectory/group``
     shows all of it, ``train/trajectory/0``, ``/1``, ... its best, its worst, its second best member and so
     on, and ``train/trajectory_text`` the same members in words. Validation writes the first samples of the
-    first dataloader as ``val/trajectory/<i>``; they stay the same as long as that dataloader is not shuffled.
+    first dataloader as ``val/trajectory/<i>``, and as ``val/over_time/<i>`` what became of each since the run began;
+    they stay the same as long as that dataloader is not shuffled.
     Loggers whose experiment takes no images or no text are left out; with none, nothing is drawn.
 
     Args:
@@ -41,25 +43,35 @@ class TrajectoryLogger(Callback):
         self.max_per_step = max_per_step
         self.validation_samples = validation_samples
         self._validated = 0  # samples of this validation that were seen so far
+        self._timelines: dict[int, Timeline] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the followed samples did so far."""
+        return {"timelines": {place: timeline.state_dict() for place, timeline in self._timelines.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        for place, state in state_dict["timelines"].items():
+            self._timelines.setdefault(place, Timeline()).load_state_dict(state)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: SampleBatch, batch_idx: int
     ) -> None:
         """Write the group of this batch that says most."""
-        step = _step(trainer)
+        step = batches_done(trainer)
         if step % self.every_n_steps or not batch.groups:
             return
-        pictures, texts = _writers(trainer, "add_image"), _writers(trainer, "add_text")
+        pictures, texts = writers(trainer, "add_image"), writers(trainer, "add_text")
         if not pictures and not texts:
             return
         index, why = most_instructive(batch.groups)
         group = batch.groups[index]
         members = best_and_worst(group.totals)[: self.max_per_step]
         if pictures:
-            _add_image(pictures, "train/trajectory/group", draw_group(group), step)
+            add_image(pictures, "train/trajectory/group", draw_group(group), step)
         for place, member in enumerate(members):
             if pictures:
-                _add_image(pictures, f"train/trajectory/{place}", _drawn(group, member, in_group=True), step)
+                add_image(pictures, f"train/trajectory/{place}", _drawn(group, member, in_group=True), step)
         heading = f"Group {index + 1} of {len(batch.groups)}: {why}."
         text = "\n\n".join([heading, *(describe(group, member) for member in members)])
         for writer in texts:
@@ -82,12 +94,15 @@ class TrajectoryLogger(Callback):
         first, self._validated = self._validated, self._validated + len(batch.samples)
         if trainer.sanity_checking or dataloader_idx > 0 or first >= self.validation_samples or not batch.evaluations:
             return
-        pictures = _writers(trainer, "add_image")
+        pictures, step = writers(trainer, "add_image"), batches_done(trainer)
         if not pictures:
             return
         groups = batch.evaluations.get("greedy") or next(iter(batch.evaluations.values()))
         for place, group in enumerate(groups[: self.validation_samples - first], start=first):
-            _add_image(pictures, f"val/trajectory/{place}", _drawn(group, 0, in_group=False), _step(trainer))
+            add_image(pictures, f"val/trajectory/{place}", _drawn(group, 0, in_group=False), step)
+            timeline = self._timelines.setdefault(place, Timeline())
+            timeline.add(step, draw_card(group, step))
+            add_image(pictures, f"val/over_time/{place}", timeline.draw(group.sample), step)
 
 
 def most_instructive(groups: list[Group]) -> tuple[int, str]:
@@ -168,22 +183,3 @@ def _drawn(group: Group, member: int, *, in_group: bool) -> Image.Image:
         total=float(group.totals[member]),
         advantage=float(group.advantages[member]) if in_group else None,
     )
-
-
-def _step(trainer: pl.Trainer) -> int:
-    """The x-axis of Lightning's own curves: batches, not optimizer steps."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def _writers(trainer: pl.Trainer, method: str) -> list[Any]:
-    """The loggers' experiments that have ``method``; none on other ranks, where every attribute exists."""
-    if not trainer.is_global_zero:
-        return []
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [experiment for experiment in experiments if hasattr(experiment, method)]
-
-
-def _add_image(writers: list[Any], tag: str, picture: Image.Image, step: int) -> None:
-    pixels = np.asarray(picture)
-    for writer in writers:
-        writer.add_image(tag, pixels, step, dataformats="HWC")

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +28,14 @@ from omegaconf.errors import OmegaConfBaseException
 import callbacks  # noqa: F401  their classes can be named in YAML without a path
 import datamodules
 import modules  # noqa: F401
+from callbacks.board import Board
+from callbacks.faults import Faults
 from callbacks.preflight import Preflight
 from callbacks.rollout import RolloutCallback
+from callbacks.stop import CleanStop
+from callbacks.summary import Summary
 from callbacks.throughput import Throughput
+from callbacks.watchdog import Watchdog
 from commands.suggest import Parser
 from modules.policy import PolicyError, PolicyModule
 
@@ -67,7 +73,8 @@ class CLI(LightningCLI):
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "", "name": "", "version": "", "default_hp_metric": False},
                 },
-                "callbacks": [Throughput()],  # leaves fit.json: seconds over all resumed attempts, and steps
+                # Throughput leaves fit.json: seconds over all resumed attempts, and steps
+                "callbacks": [Throughput(), CleanStop(), Summary()],
             },
             parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
@@ -82,6 +89,9 @@ class CLI(LightningCLI):
         )
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(Preflight, "preflight")
+        parser.add_lightning_class_args(Board, "board")
+        parser.add_lightning_class_args(Faults, "faults")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
         # links, not interpolation: they act again when a saved config.yaml is run with another --run_dir
@@ -111,7 +121,10 @@ class CLI(LightningCLI):
             self.parser.error(str(error))
 
     def before_instantiate_classes(self) -> None:
-        """A test in the folder of a fit does not overwrite the configuration of the fit."""
+        """A test in the folder of a fit does not overwrite the configuration of the fit; a checkpoint runs no code."""
+        config = self.config[self.subcommand]
+        if config.weights_only is None:  # Lightning would leave it to torch, and take it for false from a URL
+            config.weights_only = True
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config.{self.subcommand}.yaml"
 
@@ -131,6 +144,13 @@ def cli(args: Sequence[str] | None = None) -> CLI:
         except (datamodules.DataError, PolicyError) as error:
             # one sentence for the user; where it was raised says nothing more
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except UnpicklingError:
+            print(
+                "error: Expected `ckpt_path` to hold weights and plain values, but it holds objects that only code can "
+                "make (`--weights_only false` reads a checkpoint that you trust as you trust a program).",
+                file=sys.stderr,
+            )
             sys.exit(2)
 
 

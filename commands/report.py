@@ -8,16 +8,15 @@ question and mode; a fit stage leaves ``fit.json``. `build` turns them into the 
 from __future__ import annotations
 
 import json
-import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
-Interval = tuple[float, float]
+from modules.evaluation.statistics import Interval as Interval  # these names are this module's as well
+from modules.evaluation.statistics import clipped
+from modules.evaluation.statistics import mean as mean
+from modules.evaluation.statistics import mean_ci95 as mean_ci95
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,12 @@ class Report:
     Args:
         rows: name -> line of the table.
         compare: name -> the two rows whose accuracies are subtracted, first minus second.
+        by: key of a prediction, such as ``source``: each row is also given for every value that it has.
     """
 
     rows: dict[str, Row]
     compare: dict[str, tuple[str, str]] = field(default_factory=dict)
+    by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ class Prediction:
 
     id: str
     image_id: str
-    correct: float  # 0 or 1
+    correct: float  # 0 or 1; of several draws the mean
     iou: float | None  # None: the question has no annotated region
     crops: int
+    part: str = ""  # the value of the key that the report is broken down by
 
 
 class ReportError(Exception):
@@ -70,25 +72,40 @@ def build(report: Report, run_dir: Path) -> dict[str, Any]:
 
     Returns:
         Row name -> ``accuracy``, ``accuracy_ci95`` [low, high], ``sampled_accuracy``, ``mean_iou``,
-        ``zoom_rate``, ``n``, ``seconds``, null where not measured; comparison name -> [low, high],
-        the 95% interval of the paired difference of accuracies.
+        ``zoom_rate``, ``n``, ``seconds``, null where not measured, and with ``report.by`` under ``by``
+        value -> the same without seconds; comparison name -> [low, high], the 95% interval of the paired
+        difference of accuracies.
 
     Raises:
         ReportError: if a file is missing or broken, or two compared rows are not of the same questions.
     """
-    predictions = {name: read_predictions(run_dir / row.test, row.mode) for name, row in report.rows.items()}
-    results: dict[str, Any] = {name: measure(row, predictions[name], run_dir) for name, row in report.rows.items()}
+    predictions = {name: read_predictions(run_dir / row.test, row.mode, report.by) for name, row in report.rows.items()}
+    results: dict[str, Any] = {
+        name: measure(row, predictions[name], run_dir, report.by) for name, row in report.rows.items()
+    }
     for name, (a, b) in report.compare.items():
         results[name] = difference_ci95(name, predictions[a], predictions[b])
     return results
 
 
-def measure(row: Row, predictions: Sequence[Prediction], run_dir: Path) -> dict[str, Any]:
+def measure(row: Row, predictions: Sequence[Prediction], run_dir: Path, by: str | None = None) -> dict[str, Any]:
     """The numbers of one row."""
+    sampled = read_predictions(run_dir / row.test, row.sampled_mode, by) if row.sampled_mode else []
+    seconds = sum(read_seconds(run_dir / stage) for stage in row.seconds_from) if row.seconds_from else None
+    numbers: dict[str, Any] = {**count(predictions, sampled), "seconds": seconds}
+    if by is not None:
+        numbers["by"] = {
+            part: count([p for p in predictions if p.part == part], [p for p in sampled if p.part == part])
+            for part in sorted({p.part for p in predictions})
+        }
+    return numbers
+
+
+def count(predictions: Sequence[Prediction], sampled: Sequence[Prediction]) -> dict[str, Any]:
+    """What some predictions come to, and those of the same questions in the sampled mode."""
     correct = [p.correct for p in predictions]
     ious = [p.iou for p in predictions if p.iou is not None]
     images = [p.image_id for p in predictions]
-    sampled = read_predictions(run_dir / row.test, row.sampled_mode) if row.sampled_mode else []
     return {
         "accuracy": mean(correct),
         "accuracy_ci95": clipped(mean_ci95(correct, images), 0.0),
@@ -96,41 +113,7 @@ def measure(row: Row, predictions: Sequence[Prediction], run_dir: Path) -> dict[
         "mean_iou": mean(ious),
         "zoom_rate": mean([float(p.crops > 0) for p in predictions]),
         "n": len(predictions),
-        "seconds": sum(read_seconds(run_dir / stage) for stage in row.seconds_from) if row.seconds_from else None,
     }
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Arithmetic mean; None of nothing."""
-    return math.fsum(values) / len(values) if values else None
-
-
-def mean_ci95(values: Sequence[float], clusters: Sequence[str]) -> Interval | None:
-    """The 95% interval of a mean whose values are correlated within clusters.
-
-    ``mean ± t(0.975, G - 1) sqrt(V)`` with ``V = G / (G - 1) * sum_g (sum_{i in g} (y_i - mean))^2 / N^2``
-    for N values in G clusters: the cluster-robust variance (Liang and Zeger 1986) of a regression on a
-    constant alone, with the factor G / (G - 1) * (N - 1) / (N - 1) of CR1 and t quantiles of Cameron and
-    Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference". With clusters of one value it is
-    the usual ``s^2 / N``. Where all values agree it has no width, however few they are.
-
-    Args:
-        values: N numbers.
-        clusters: the cluster of each.
-
-    Returns:
-        (low, high); None for fewer than two clusters, which say nothing of the spread.
-    """
-    center = mean(values)
-    residuals: dict[str, list[float]] = defaultdict(list)
-    for value, cluster in zip(values, clusters, strict=True):
-        residuals[cluster].append(value - center)  # type: ignore[operator]  # a mean of something
-    groups = len(residuals)
-    if center is None or groups < 2:
-        return None
-    variance = groups / (groups - 1) * math.fsum(math.fsum(each) ** 2 for each in residuals.values()) / len(values) ** 2
-    half = float(student.ppf(0.975, groups - 1)) * math.sqrt(variance)
-    return center - half, center + half
 
 
 def difference_ci95(name: str, a: Sequence[Prediction], b: Sequence[Prediction]) -> list[float] | None:
@@ -155,13 +138,10 @@ def difference_ci95(name: str, a: Sequence[Prediction], b: Sequence[Prediction])
     return clipped(mean_ci95(differences, [p.image_id for p in a]), -1.0)
 
 
-def clipped(interval: Interval | None, low: float) -> list[float] | None:
-    """An interval without the values outside [low, 1], which no accuracy or difference can have."""
-    return None if interval is None else [max(interval[0], low), min(interval[1], 1.0)]
+def read_predictions(folder: Path, mode: str, by: str | None = None) -> list[Prediction]:
+    """The predictions of one mode that a test stage has left, of all ranks, one a question.
 
-
-def read_predictions(folder: Path, mode: str) -> list[Prediction]:
-    """The predictions of one mode that a test stage has left, of all ranks.
+    `Prediction.part` is the value of ``by``.
 
     Raises:
         ReportError: if there are none, or a line is broken or there twice.
@@ -169,7 +149,7 @@ def read_predictions(folder: Path, mode: str) -> list[Prediction]:
     files = sorted(folder.glob("predictions*.jsonl"))
     if not files:
         raise ReportError(f"Expected {folder}/predictions.jsonl, but the test stage left no predictions.")
-    found: dict[str, Prediction] = {}
+    found: dict[str, dict[int, Prediction]] = {}  # question -> draw -> prediction
     modes: set[str] = set()
     for where, line in (each for file in files for each in lines(file)):
         modes.add(line["mode"])
@@ -177,12 +157,21 @@ def read_predictions(folder: Path, mode: str) -> list[Prediction]:
             continue
         if line["correct"] not in (0, 1):
             raise ReportError(f"{where}: expected `correct` to be 0 or 1, but got {line['correct']!r}.")
-        if line["id"] in found:
+        draws, draw = found.setdefault(line["id"], {}), line.get("draw", 0)
+        if draw in draws:
             raise ReportError(f"{where}: question {line['id']!r} is there twice in mode {mode!r}.")
-        found[line["id"]] = Prediction(line["id"], line["image_id"], line["correct"], line["iou"], line["crops"])
+        if by is not None and by not in line:
+            raise ReportError(f"{where}: lacks {by}, by which the report is broken down.")
+        part = "" if by is None else str(line[by])
+        draws[draw] = Prediction(line["id"], line["image_id"], line["correct"], line["iou"], line["crops"], part)
     if not found:
         raise ReportError(f"Expected predictions of mode {mode!r} in {folder}, but found {sorted(modes) or 'none'}.")
-    return list(found.values())
+    return [averaged(list(draws.values())) for draws in found.values()]
+
+
+def averaged(draws: Sequence[Prediction]) -> Prediction:
+    """Several draws of one question as one: what they earn on average; boxes and crops are the first's."""
+    return draws[0] if len(draws) == 1 else replace(draws[0], correct=mean([p.correct for p in draws]) or 0.0)
 
 
 def lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -217,18 +206,20 @@ def read_seconds(folder: Path) -> float:
 def table(report: Report, results: dict[str, Any]) -> str:
     """Results as aligned text."""
     head = ("", "accuracy", "95% interval", "sampled", "mean IoU", "zoom rate", "n", "seconds")
+    named = [(name, results[name]) for name in report.rows]
+    named += [(f"{name}: {part}", of) for name in report.rows for part, of in results[name].get("by", {}).items()]
     body: list[tuple[str, ...]] = [
         (
             name,
-            number(results[name]["accuracy"]),
-            interval(results[name]["accuracy_ci95"]),
-            number(results[name]["sampled_accuracy"]),
-            number(results[name]["mean_iou"]),
-            number(results[name]["zoom_rate"]),
-            str(results[name]["n"]),
-            number(results[name]["seconds"], 0),
+            number(of["accuracy"]),
+            interval(of["accuracy_ci95"]),
+            number(of["sampled_accuracy"]),
+            number(of["mean_iou"]),
+            number(of["zoom_rate"]),
+            str(of["n"]),
+            number(of.get("seconds"), 0),
         )
-        for name in report.rows
+        for name, of in named
     ]
     body += [
         (name, number(results[a]["accuracy"] - results[b]["accuracy"], sign="+"), interval(results[name], "+"))

@@ -62,7 +62,9 @@ class CardSplit:
     rationale: Literal["none", "box", "glance"] = "none"  # what is written: nothing, a zoom, an answer without one
     loose_size: float = 0.0  # boxes of the rationale are made larger by up to this share of their size
     loose_shift: float = 0.0  # and moved by up to this share of it, each way
-    regions: bool = False  # whether the true box comes along as annotated evidence
+    regions: bool = False  # whether the true box comes along as annotated evidence, where one is needed
+    places: bool = False  # whether two of an image's four questions ask for a place instead of a digit
+    glances: float = 0.0  # share of the rationales for places that answer without a zoom
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -75,6 +77,13 @@ class CardSplit:
             raise ValueError(f"Expected `loose_shift` to be between 0 and 0.5 but got {self.loose_shift}.")
         if (self.loose_size or self.loose_shift) and self.rationale != "box":
             raise ValueError(f"`loose_size` and `loose_shift` act on rationale 'box' only but got {self.rationale!r}.")
+        if not 0 <= self.glances <= 1:
+            raise ValueError(f"Expected `glances` to be a share, from 0 to 1, but got {self.glances}.")
+        if self.glances and not (self.places and self.rationale == "box"):
+            raise ValueError(
+                "`glances` acts with `places` on rationale 'box' only but got "
+                f"places={self.places} and {self.rationale!r}."
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -143,20 +152,25 @@ def loosen(box: Box, size: float, shift: float, random: np.random.Generator) -> 
 
 
 def questions(image: CardImage, split: CardSplit, index: int) -> list[Sample]:
-    """The questions about image `index` of a split, one a card; samples without images."""
+    """The questions about image `index` of a split, one a card; samples without images.
+
+    Their `source` tells their kinds apart: ``cards`` asks for a digit, ``card_places`` for a place.
+    """
     random = _generator(split.seed, split.digits, index, purpose=1)  # the pictures do not depend on the rationales
+    kinds = _generator(split.seed, split.digits, index, purpose=2)
+    by_place = set(kinds.permutation(CARDS)[: CARDS // 2].tolist()) if split.places else set()
     name = f"{index:06d}"
     return [
         Sample(
             id=f"{name}-{card.colour}",
-            question=f"Which digit is on the {card.colour} card?",
-            answers=(str(card.digit),),
-            source="cards",
-            regions=(Region(card.box),) if split.regions else (),
-            rationale=_rationale(card, split, random),
+            question=f"{'Where is' if k in by_place else 'Which digit is on'} the {card.colour} card?",
+            answers=(_answer(card, k in by_place),),
+            source="card_places" if k in by_place else "cards",
+            regions=(Region(card.box),) if split.regions and k not in by_place else (),
+            rationale=_rationale(card, k in by_place, split, random, kinds),
             meta={"image_id": name},
         )
-        for card in image.cards
+        for k, card in enumerate(image.cards)
     ]
 
 
@@ -245,12 +259,24 @@ def _generator(seed: int, pool: Pool, index: int, purpose: int) -> np.random.Gen
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
-def _rationale(card: Card, split: CardSplit, random: np.random.Generator) -> tuple[Step, ...]:
-    answer = f"</think><answer>{card.digit}</answer>"
-    if split.rationale == "box":
-        box = loosen(card.box, split.loose_size, split.loose_shift, random)
-        return (Step(f"<think>I zoom in on {card.colour} ", Region(box)), Step(f"I can read it now.{answer}"))
-    return (Step(f"<think>I answer at a glance.{answer}"),) if split.rationale == "glance" else ()
+def _answer(card: Card, by_place: bool) -> str:
+    """The digit on a card, or the quarter of the image that it lies in; no card lies in two."""
+    if not by_place:
+        return str(card.digit)
+    return f"{'top' if card.box[1] < SIZE / 2 else 'bottom'} {'left' if card.box[0] < SIZE / 2 else 'right'}"
+
+
+def _rationale(
+    card: Card, by_place: bool, split: CardSplit, boxes: np.random.Generator, glances: np.random.Generator
+) -> tuple[Step, ...]:
+    if split.rationale == "none":
+        return ()
+    answer = f"</think><answer>{_answer(card, by_place)}</answer>"
+    if split.rationale == "glance" or (by_place and glances.random() < split.glances):
+        return (Step(f"<think>I answer at a glance.{answer}"),)
+    box = loosen(card.box, split.loose_size, split.loose_shift, boxes)
+    seen = "I can see it now." if by_place else "I can read it now."
+    return (Step(f"<think>I zoom in on {card.colour} ", Region(box)), Step(f"{seen}{answer}"))
 
 
 @cache

@@ -1,9 +1,11 @@
-"""Image files to tensors: one way of decoding for every source."""
+"""Image files, and the bytes of such, to tensors: one way of decoding for every source."""
 
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,13 +21,13 @@ Image.init()  # register the decoders once, before threads or workers open files
 class BadImage(Exception):
     """A picture that cannot be used; names the file and why."""
 
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"{path}: {why}")
-        self.path = path
+    def __init__(self, name: Path | str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name = name
         self.why = why
 
 
-def load_image(path: Path) -> Tensor:
+def load_image(source: Path | bytes, name: str = "") -> Tensor:
     """Decode one image file.
 
     =====================================  ================================================================
@@ -45,7 +47,8 @@ def load_image(path: Path) -> Tensor:
     At its peak it takes twice to three times the memory of what it returns.
 
     Args:
-        path: any format that Pillow reads.
+        source: the path of a file of any format that Pillow reads, or what is in one.
+        name: what messages call it; its path by default.
 
     Returns:
         (3, H, W) uint8, RGB.
@@ -53,23 +56,25 @@ def load_image(path: Path) -> Tensor:
     Raises:
         BadImage: no such file, empty, not an image, or one of those that are refused.
     """
+    file: Path | BinaryIO = BytesIO(source) if isinstance(source, bytes) else source
+    called = name or ("bytes" if isinstance(source, bytes) else source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns at half its limit, and about odd EXIF; the limit is ours
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(path, _too_large(image.width, image.height))
+                    raise BadImage(called, _too_large(image.width, image.height))
                 ImageOps.exif_transpose(image, in_place=True)
                 return _pixels(_to_rgb(image))
     except FileNotFoundError:
-        raise BadImage(path, "no such file") from None
+        raise BadImage(called, "no such file") from None
     except UnidentifiedImageError:
-        raise BadImage(path, _unidentified(path)) from None
+        raise BadImage(called, _unidentified(source)) from None
     except Image.DecompressionBombError:
-        raise BadImage(path, _too_large()) from None
+        raise BadImage(called, _too_large()) from None
     # Pillow's decoders raise whatever a damaged file leads them into.
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
-        raise BadImage(path, f"cannot be decoded ({error})") from None
+        raise BadImage(called, f"cannot be decoded ({error})") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -99,8 +104,8 @@ def _pixels(image: Image.Image) -> Tensor:
     return pixels
 
 
-def _unidentified(path: Path) -> str:
-    head = path.read_bytes()[:256].lstrip().lower()
+def _unidentified(source: Path | bytes) -> str:
+    head = (source if isinstance(source, bytes) else source.read_bytes())[:256].lstrip().lower()
     if not head:
         return "the file is empty"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.images import BadImage, load_image
+from datamodules.images import BadImage
+from datamodules.pictures import ImageRef
 from datamodules.sampler import EpochOrder, SampleLoader, group_indices
-from datamodules.vlir.reader import Record, read_records
+from datamodules.vlir.reader import Joined, Record, image_keys, read_records
 from datamodules.vlir.schema import BadRow, DataError, Invalid
-from modules.trajectory import Sample, SampleBatch
+from modules.trajectory import SampleBatch
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 
 
 class ImageStore:
-    """Decoded images, one tensor a path.
+    """Decoded images, one tensor a reference.
 
     Args:
         keep: whether images stay in memory; else each batch decodes its own, once.
@@ -33,23 +34,24 @@ class ImageStore:
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._images: dict[Path, Tensor] = {}
+        self._images: dict[ImageRef, Tensor] = {}
 
-    def load(self, paths: Sequence[Path], batch: dict[Path, Tensor]) -> tuple[Tensor, ...]:
+    def load(self, images: Sequence[ImageRef], batch: dict[ImageRef, Tensor]) -> tuple[Tensor, ...]:
         """The images of one sample, (3, H, W) uint8 each.
 
         Args:
-            paths: what is wanted.
+            images: what is wanted.
             batch: images of the batch that is being made; what is decoded is added to it.
 
         Raises:
             BadImage: one of them cannot be decoded.
+            Invalid: one of them leaves its folder.
         """
         known = self._images if self.keep else batch
-        for path in paths:
-            if path not in known:
-                known[path] = load_image(path)
-        return tuple(known[path] for path in paths)
+        for image in images:
+            if image not in known:
+                known[image] = image.load()
+        return tuple(known[image] for image in images)
 
 
 class RecordDataset(Dataset[SampleBatch]):
@@ -63,22 +65,24 @@ class RecordDataset(Dataset[SampleBatch]):
         return len(self.records)
 
     def __getitems__(self, indices: Sequence[int]) -> SampleBatch:
-        """The batch of these records; what cannot be loaded is left out and named.
+        """See `decoded_batch`."""
+        return decoded_batch((self.records[index] for index in indices), self.images)
 
-        Questions about one image share one tensor.
-        """
-        batch = SampleBatch(samples=[])
-        decoded: dict[Path, Tensor] = {}
-        for index in indices:
-            record = self.records[index]
-            try:
-                batch.samples.append(self._sample(record, decoded))
-            except (BadImage, Invalid) as error:
-                batch.skipped.append(str(BadRow(record.file, record.row, str(error))))
-        return batch
 
-    def _sample(self, record: Record, decoded: dict[Path, Tensor]) -> Sample:
-        return record.finish(replace(record.sample, images=self.images.load(record.image_paths, decoded)))
+def decoded_batch(records: Iterable[Record], images: ImageStore) -> SampleBatch:
+    """The batch of these records; what cannot be loaded is left out and named.
+
+    Questions about one image share one tensor.
+    """
+    batch = SampleBatch(samples=[])
+    decoded: dict[ImageRef, Tensor] = {}
+    for record in records:
+        try:
+            sample = replace(record.sample, images=images.load(record.images, decoded))
+            batch.samples.append(record.finish(sample))
+        except (BadImage, Invalid) as error:
+            batch.skipped.append(str(BadRow(record.file, record.row, str(error))))
+    return batch
 
 
 class VLIRDataModule(LightningDataModule):
@@ -136,7 +140,7 @@ class VLIRDataModule(LightningDataModule):
         self.seed = seed
         self.limit = limit
         self.images = ImageStore(keep=cache_images)
-        self.records: dict[str, list[Record]] = {}
+        self.records: dict[str, Sequence[Record]] = {}
         self._skipped: dict[str, None] = {}  # an ordered set of "file:row: why"
 
     @property
@@ -157,7 +161,7 @@ class VLIRDataModule(LightningDataModule):
         """
         for split in STAGES[stage]:
             if split not in self.records:
-                self.records[split] = [record for path in self.files[split] for record in self._read(path)]
+                self.records[split] = Joined(list(self.read_split(split)))
         needed = STAGES[stage][0]
         if not self.records[needed]:
             raise DataError(f"`{stage}` needs a file but the data's `{needed}` is not set.")
@@ -180,7 +184,16 @@ class VLIRDataModule(LightningDataModule):
         self._note(batch.skipped)
         return batch
 
-    def read_file(self, path: Path) -> tuple[list[Record], list[BadRow]]:
+    def read_split(self, split: str) -> Iterator[Sequence[Record]]:
+        """The usable rows of each file of a split; bad ones are noted.
+
+        Raises:
+            DataError: a file cannot be used, or none of its images is there.
+        """
+        for path in self.files[split]:
+            yield self.noted(*self.read_file(path), path, self.root or path.parent)
+
+    def read_file(self, path: Path) -> tuple[Sequence[Record], list[BadRow]]:
         """The usable rows of one file and the others; subclasses read other forms.
 
         Raises:
@@ -188,12 +201,15 @@ class VLIRDataModule(LightningDataModule):
         """
         return read_records(path, self.root, self.limit)
 
-    def _read(self, path: Path) -> list[Record]:
-        records, bad = self.read_file(path)
+    def noted(self, records: Sequence[Record], bad: Sequence[BadRow], name: Path | str, root: Path) -> Sequence[Record]:
+        """The records themselves; the bad rows are named and counted.
+
+        Raises:
+            DataError: none of the images is there.
+        """
         self._note([str(error) for error in bad])
-        if not any(all(image.exists() for image in record.image_paths) for record in records):
-            first = records[0].image_paths[0]
-            raise DataError(f"{path}: expected images under {self.root or path.parent}, found none (first {first}).")
+        if not any(all(image.exists() for image in record.images) for record in records):
+            raise DataError(f"{name}: expected images under {root}, found none (first {records[0].images[0]}).")
         return records
 
     def _note(self, skipped: Sequence[str]) -> None:
@@ -204,17 +220,16 @@ class VLIRDataModule(LightningDataModule):
         if len(new) > NAMED:
             logger.warning("left out %d more rows", len(new) - NAMED)
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
     def _loader(self, split: str, batch_size: int, shuffle: bool = False, grouped: bool = False) -> SampleLoader:
         records = self.records[split]
-        keys = [(record.image_paths or None) if grouped else None for record in records]
-        order = EpochOrder(
-            groups=group_indices(keys),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer is not None else 0,
-            world_size=self.trainer.world_size if self.trainer is not None else 1,
-        )
+        keys = image_keys(records) if grouped else [None] * len(records)
+        rank, world_size = self.ranks
+        order = EpochOrder(group_indices(keys), batch_size, shuffle, self.seed, rank, world_size)
         return SampleLoader(RecordDataset(records, self.images), order, self.num_workers)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -52,6 +52,21 @@ def shard(batches: Sequence[list[int]], rank: int, world_size: int) -> list[list
     return own + [[] for _ in range(count - len(own))]
 
 
+class Order(Protocol):
+    """Which indices make which batch of the current epoch on this rank."""
+
+    epoch: int
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch."""
+
+    def batches(self) -> list[list[int]]:
+        """The batches of the epoch."""
+
+
 @dataclass
 class EpochOrder:
     """The batches of the current epoch on this rank."""
@@ -85,11 +100,12 @@ class EpochOrder:
 
 
 class SampleLoader:
-    """Batches of an epoch in the order of an `EpochOrder`, resumable in its middle.
+    """Batches of an epoch in their `Order`, resumable in its middle.
 
     Lightning keeps `state_dict` in its checkpoints and hands it back before the first batch. This is not a
     `torch.utils.data.DataLoader` on purpose: Lightning rebuilds those (with a distributed sampler of its own, in
-    prediction, under `overfit_batches`), and so changes which questions come.
+    prediction, under `overfit_batches`), and so changes which questions come. Where a worker dies (killed for its
+    memory, say), the epoch goes on with new ones, from the batch that is missing; twice at the same batch is an error.
 
     Args:
         dataset: has `__getitems__(indices)`, which makes a whole batch, also of no indices.
@@ -97,12 +113,13 @@ class SampleLoader:
         num_workers: processes that make batches; 0 makes them in the main one.
     """
 
-    def __init__(self, dataset: Dataset[Any], order: EpochOrder, num_workers: int = 0) -> None:
+    def __init__(self, dataset: Dataset[Any], order: Order, num_workers: int = 0) -> None:
         self.samples = dataset  # not `dataset`: where Lightning finds that name, it puts in its own sampler
         self.batch_sampler = order  # the name by which Lightning finds `set_epoch`
         self.num_workers = num_workers
         self._epoch = 0  # of the position
         self._position = 0  # batches handed on in that epoch
+        self.restarts = 0  # times that a worker died
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -113,17 +130,30 @@ class SampleLoader:
         start = self._position if self._epoch == epoch else 0
         if start >= len(self):
             start = 0
-        batches = self.batch_sampler.batches()[start:]
-        loader = DataLoader(
+        batches = self.batch_sampler.batches()
+        position, failed_at = start, -1
+        while position < len(batches):
+            try:
+                for batch in self._loader(batches[position:]):
+                    position += 1
+                    self._epoch, self._position = epoch, position
+                    yield batch
+            except RuntimeError as error:
+                # twice at the same batch: it is not an accident; other errors are those of the code
+                if "DataLoader worker (pid" not in str(error) or position == failed_at:
+                    raise
+                failed_at = position
+                self.restarts += 1
+                logger.warning("%s. Its batch is made anew by other workers.", str(error).rstrip(". "))
+
+    def _loader(self, batches: list[list[int]]) -> DataLoader[Any]:
+        return DataLoader(
             self.samples,
             batch_sampler=batches,
             collate_fn=_as_is,
             num_workers=self.num_workers,
             generator=torch.Generator(),  # its own, so that iterating draws nothing from the global one
         )
-        for position, batch in enumerate(loader, start=start + 1):
-            self._epoch, self._position = epoch, position
-            yield batch
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "position": self._position, "length": len(self)}

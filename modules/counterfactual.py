@@ -6,9 +6,10 @@ trajectory nor their positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from torch import Tensor
 from modules.backbones.base import Backbone
 from modules.functional.boxes import clip
 from modules.functional.grammar import ANSWER, END_ANSWER
+from modules.functional.kinds import reasoning
 from modules.scoring import collate, token_log_probs
 from modules.trajectory import Box, Region, Sample, Trajectory, Visual
 
+T = TypeVar("T")
 Replacement = Literal["blank", "random", "swap"]
 GREY = 128 / 255  # of blank crops; images of exactly one half, 0 once normalised, are padding to SmolVLM
 
@@ -91,7 +94,12 @@ def images_of(samples: Iterable[Sample]) -> list[Tensor]:
 
 
 def retold(
-    trajectories: Sequence[Trajectory], backbone: Backbone, how: Replacement, others: Sequence[Tensor], seed: int
+    trajectories: Sequence[Trajectory],
+    backbone: Backbone,
+    how: Replacement,
+    others: Sequence[Tensor],
+    seed: int,
+    only: Sequence[int] | None = None,
 ) -> list[Trajectory]:
     """The same trajectories, token by token, with other crops; those without crops stay as they are.
 
@@ -101,22 +109,31 @@ def retold(
         how: see `replace_crops`, as ``others``.
         others: the images to swap with.
         seed: of random places.
+        only: the one turn of each whose crop is replaced; None: all crops are.
     """
-    found = [(n, turn) for n, t in enumerate(trajectories) for turn in t.turns if turn.crop is not None]
-    regions = [turn.region for _, turn in found if turn.region is not None]
-    crops = [turn.crop for _, turn in found if turn.crop is not None]
-    images = [trajectories[n].sample.images[region.image] for (n, _), region in zip(found, regions, strict=True)]
+    found = [
+        (n, turn, turn.crop)
+        for n, t in enumerate(trajectories)
+        for k, turn in enumerate(t.turns)
+        if turn.crop is not None and (only is None or k == only[n])
+    ]
+    regions = [turn.region for _, turn, _ in found if turn.region is not None]
+    crops = [crop for *_, crop in found]
+    images = [trajectories[n].sample.images[region.image] for (n, *_), region in zip(found, regions, strict=True)]
     seeds = [seed * 1_000_003 + k for k in range(len(found))]
-    instead = dict(
-        zip(crops, replace_crops(backbone, how, crops, images, regions, others, seeds) if crops else [], strict=True)
-    )
+    new = replace_crops(backbone, how, crops, images, regions, others, seeds) if crops else []
+    instead: list[dict[Visual, Visual]] = [{} for _ in trajectories]
+    for (n, _, crop), other in zip(found, new, strict=True):
+        instead[n][crop] = other
     return [
         replace(
             t,
-            visuals=tuple(instead.get(visual, visual) for visual in t.visuals),
-            turns=tuple(replace(turn, crop=instead[turn.crop]) if turn.crop is not None else turn for turn in t.turns),
+            visuals=tuple(own.get(visual, visual) for visual in t.visuals),
+            turns=tuple(
+                replace(turn, crop=own.get(turn.crop, turn.crop)) if turn.crop is not None else turn for turn in t.turns
+            ),
         )
-        for t in trajectories
+        for t, own in zip(trajectories, instead, strict=True)
     ]
 
 
@@ -139,9 +156,22 @@ def with_answer(backbone: Backbone, trajectory: Trajectory, answer: str) -> Traj
         sampled=sampled,
         log_probs=torch.zeros(len(ids)),
         coordinates=torch.full((len(ids),), torch.nan),
-        visuals=trajectory.visuals[: len(trajectory.sample.images) + sum(t.crop is not None for t in trajectory.turns)],
+        visuals=trajectory.visuals[
+            : trajectory.sample.prompt_visuals + sum(t.crop is not None for t in trajectory.turns)
+        ],
         temperature=1.0,
     )
+
+
+@torch.no_grad()
+def token_log_likelihoods(
+    backbone: Backbone, trajectories: Sequence[Trajectory], row_tokens: int, chunk: int
+) -> list[Tensor]:
+    """(S_i,) float64 log-probabilities of what is written in each."""
+    batch = collate(backbone, trajectories, row_tokens)
+    log_probs, _ = token_log_probs(backbone, batch, chunk)
+    in_order = log_probs[batch.owners.argsort(stable=True)].double().cpu()
+    return list(in_order.split([int(t.sampled.sum()) for t in trajectories]))
 
 
 @torch.no_grad()
@@ -192,3 +222,92 @@ def likelihood_gaps(
         )
         gaps[usable[start : start + at_once]] = (seen - unseen).float().cpu()
     return gaps
+
+
+def look_gaps(
+    backbone: Backbone,
+    trajectories: Sequence[Trajectory],
+    how: Replacement,
+    at_once: int,
+    row_tokens: int,
+    chunk: int,
+) -> list[list[float]]:
+    """How much each of several crops says about the right answer: it alone replaced, the others as they were.
+
+    Args:
+        backbone, trajectories, how, at_once, row_tokens, chunk: see `likelihood_gaps`.
+
+    Returns:
+        Of each trajectory one number a turn, nats; NaN where `likelihood_gaps` has it, where a turn was shown nothing,
+        and for trajectories with one crop, of which `likelihood_gaps` says the same.
+    """
+    gaps = [[math.nan] * len(t.turns) for t in trajectories]
+    others = images_of(t.sample for t in trajectories)
+    if how == "swap" and len(others) < 2:
+        return gaps
+    shown = [
+        (n, k)
+        for n, t in enumerate(trajectories)
+        for k, turn in enumerate(t.turns)
+        if turn.crop is not None and t.sample.answers and sum(other.crop is not None for other in t.turns) > 1
+    ]
+    told = {n: with_answer(backbone, trajectories[n], trajectories[n].sample.answers[0]) for n, _ in shown}
+    seen: dict[int, float] = {}
+    for some in _runs(list(told), at_once):
+        seen.update(
+            zip(some, log_likelihoods(backbone, [told[n] for n in some], row_tokens, chunk).tolist(), strict=True)
+        )
+    for number, pairs in enumerate(_runs(shown, at_once)):
+        versions = retold([told[n] for n, _ in pairs], backbone, how, others, number, only=[k for _, k in pairs])
+        unseen = log_likelihoods(backbone, versions, row_tokens, chunk).tolist()
+        for (n, k), value in zip(pairs, unseen, strict=True):
+            gaps[n][k] = seen[n] - value
+    return gaps
+
+
+def reasoning_gaps(
+    backbone: Backbone,
+    trajectories: Sequence[Trajectory],
+    how: Replacement,
+    at_once: int,
+    row_tokens: int,
+    chunk: int,
+) -> list[list[tuple[float, int]]]:
+    """How much the crops say about what the policy reasoned behind them.
+
+    Args:
+        backbone, trajectories, how, at_once, row_tokens, chunk: see `likelihood_gaps`.
+
+    Returns:
+        Of each trajectory a pair for each turn: how many nats likelier its reasoning (`kinds.reasoning`) is, all
+        crops before it as they were, than with others in their place, and of how many tokens; (0, 0) for turns before
+        the first crop, (NaN, n) where ``swap`` finds no second image. At temperature 1.
+    """
+    others = images_of(t.sample for t in trajectories)
+    masks = [_behind_crops(t) & reasoning(t, backbone.detokenize) for t in trajectories]
+    spans = [[slice(turn.start, turn.stop) for turn in t.turns] for t in trajectories]
+    counts = [[int(mask[span].sum()) for span in own] for mask, own in zip(masks, spans, strict=True)]
+    possible = how != "swap" or len(others) > 1
+    found = [[(0.0 if possible or not n else math.nan, n) for n in own] for own in counts]
+    for number, some in enumerate(_runs([n for n, own in enumerate(counts) if possible and any(own)], at_once)):
+        told = [replace(trajectories[n], sampled=masks[n], temperature=1.0) for n in some]
+        seen, unseen = (
+            token_log_likelihoods(backbone, version, row_tokens, chunk)
+            for version in (told, retold(told, backbone, how, others, number))
+        )
+        for n, with_crops, without in zip(some, seen, unseen, strict=True):
+            by_turn = (with_crops - without).split(counts[n])
+            found[n] = [(float(gap.sum()), len(gap)) for gap in by_turn]
+    return found
+
+
+def _behind_crops(trajectory: Trajectory) -> Tensor:
+    """(C,) bool: everything behind the first crop."""
+    found = torch.zeros_like(trajectory.sampled)
+    first = next((turn.stop for turn in trajectory.turns if turn.crop is not None), len(found))
+    found[first:] = True
+    return found
+
+
+def _runs(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -28,7 +28,8 @@ class CropAndScale(nn.Module):
     boxes of whole pixels this is torchvision's `resized_crop(..., antialias=True)`, shrinking included.
 
     Output size. Either every crop is `size`, or it follows the zoom rule of VLM-R3: both sides times
-    `zoom_factor(box area / image area)`, then fitted to the patch grid within the pixel limits.
+    `zoom_factor(box area / image area)`, or a factor chosen in its place, then fitted to the patch grid within the
+    pixel limits.
 
     Args:
         size: (height, width) of every crop; give this or the next three.
@@ -64,8 +65,8 @@ class CropAndScale(nn.Module):
                 f"size={size}, grid={grid}, min_pixels={min_pixels}, max_pixels={max_pixels}"
             )
 
-    def output_size(self, box: Box, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The (height, width) that a crop of this box gets when `forward` is given no sizes.
+    def output_size(self, box: Box, image_size: tuple[int, int], factor: float | None = None) -> tuple[int, int]:
+        """The (height, width) that a crop of this box gets; without a factor, when `forward` is given no sizes.
 
         A strip more than 200 times as long as it is wide, which the grid fit refuses, is made wider
         until it is just that: it keeps its length, and with it what can be read along it.
@@ -73,13 +74,23 @@ class CropAndScale(nn.Module):
         Args:
             box: xyxy in pixels of the image, a valid one.
             image_size: (height, width) of the image.
+            factor: by how much both sides are enlarged before they are fitted; None: the zoom rule.
+
+        Raises:
+            ValueError: a factor where every crop has the same size, or one that is not positive and finite.
         """
+        if factor is not None and (self.zoom is None or not 0 < factor < math.inf):
+            raise ValueError(
+                "Expected `factor` to be None where crops have a fixed size, else positive and finite, but got "
+                f"{factor} with size={self.size}."
+            )
         if self.zoom is None:
             assert self.size is not None
             return self.size
         grid, min_pixels, max_pixels = self.zoom
         width, height = box[2] - box[0], box[3] - box[1]
-        factor = zoom_factor(width * height / (image_size[0] * image_size[1]))
+        if factor is None:
+            factor = zoom_factor(width * height / (image_size[0] * image_size[1]))
         width, height = factor * width, factor * height
         least = math.nextafter(max(width, height) / MAX_ASPECT, math.inf)  # the quotient may have been rounded down
         return fit_to_grid(max(height, least), max(width, least), grid, min_pixels, max_pixels)

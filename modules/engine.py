@@ -6,8 +6,9 @@ twice: a prompt is prefilled once per group, every crop is encoded once and appe
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +22,10 @@ from modules.counterfactual import images_of, replace_crops
 from modules.environment import REFUSALS, Done, Look, Refuse, respond
 from modules.functional.grammar import last_answer
 from modules.functional.sampling import UniformStream, sample_tokens
+from modules.prompts import Part, Prompt, make_prompts
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Turn, Visual
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Request:
     seed: int
 
 
+# Told after every token of a trajectory in flight: its request, the turns that are closed, and what is being written.
+Listener = Callable[[Request, Sequence[Turn], str], None]
+
+
 class RolloutEngine(ABC):
     """Turns requests into trajectories."""
 
@@ -70,6 +78,9 @@ class RolloutEngine(ABC):
 class LocalEngine(RolloutEngine):
     """Rolls out in this process with the policy's own weights.
 
+    A wave that runs out of memory is flown again in halves, and so are those after it: a trajectory depends on its own
+    seed alone, so that it is the same in any company.
+
     Args:
         max_batch: trajectories in flight at once.
     """
@@ -78,6 +89,9 @@ class LocalEngine(RolloutEngine):
         if max_batch < 1:
             raise ValueError(f"Expected `max_batch` to be at least 1, but got {max_batch}.")
         self.max_batch = max_batch
+        self.fits = max_batch  # so many at once have not run out of memory
+        self.halved = 0  # times that a wave has
+        self.listener: Listener | None = None  # slow: it is told after every token
 
     @torch.no_grad()
     def rollout(self, backbone: Backbone, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
@@ -87,11 +101,29 @@ class LocalEngine(RolloutEngine):
         try:
             trajectories: list[Trajectory] = []
             others = images_of(request.sample for request in requests)
-            for wave in waves(requests, self.max_batch):
-                trajectories += Flight(backbone, wave, decoding, others).run()
+            while len(trajectories) < len(requests):
+                wave = waves(requests[len(trajectories) :], self.fits)[0]
+                trajectories += self._fly(backbone, wave, decoding, others)
             return trajectories
         finally:
             backbone.train(was_training)
+
+    def _fly(
+        self, backbone: Backbone, wave: Sequence[Request], decoding: Decoding, others: Sequence[Tensor]
+    ) -> list[Trajectory]:
+        """The trajectories of a wave; none where they do not fit into memory, half as many then come next."""
+        try:
+            return Flight(backbone, wave, decoding, others, self.listener).run()
+        except torch.OutOfMemoryError:
+            if len(wave) == 1:
+                raise
+        # behind the handler: within it, the traceback holds on to what the flight had in memory
+        self.fits = len(wave) // 2
+        self.halved += 1
+        logger.warning("A rollout of %d trajectories ran out of memory; from now on %d at once.", len(wave), self.fits)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return []
 
 
 @dataclass(eq=False)
@@ -115,9 +147,14 @@ class Flight:
     """
 
     def __init__(
-        self, backbone: Backbone, requests: Sequence[Request], decoding: Decoding, others: Sequence[Tensor] = ()
+        self,
+        backbone: Backbone,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        others: Sequence[Tensor] = (),
+        listener: Listener | None = None,
     ) -> None:
-        self.backbone, self.decoding, self.others = backbone, decoding, others
+        self.backbone, self.decoding, self.others, self.listener = backbone, decoding, others, listener
         self.device = backbone.device
         self.cache = RaggedCache()
         self.rows, self.hidden = self._prefill(requests)
@@ -133,6 +170,10 @@ class Flight:
         while len(self.active):
             ids = self._sample()
             chunks = self._react(ids)
+            if self.listener is not None:
+                for k in self.active.tolist():
+                    row = self.rows[k]
+                    self.listener(row.request, row.turns, "" if row.stop else self._turn_text(k))
             staying = torch.tensor([self.rows[k].stop is None for k in self.active.tolist()], device=self.device)
             if not bool(staying.all()):
                 self.active, ids = self.active[staying], ids[staying]
@@ -150,17 +191,33 @@ class Flight:
                 samples.append(request.sample)
                 repeats.append(0)
             repeats[-1] += 1
-        seen = see_images(self.backbone, samples)
-        prompts = [self.backbone.prompt_ids(s, v) for s, v in zip(samples, seen, strict=True)]
-        placed = [self.backbone.positions(p, v, 0) for p, v in zip(prompts, seen, strict=True)]
-        hidden = self._extend(prompts, [p for p, _ in placed], seen)
+        prompts = make_prompts(self.backbone, samples)
+        parts, starts = self._prefill_examples(prompts)
+        placed = [self.backbone.positions(p.ids, p.visuals, start) for p, start in zip(parts, starts, strict=True)]
+        hidden = self._extend([p.ids for p in parts], [p for p, _ in placed], [p.visuals for p in parts])
         copies = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(repeats))
         self.cache.select(copies.to(self.device))
         rows = [
-            Row(request, prompts[k], list(seen[k]), UniformStream(request.seed), placed[k][1])
+            Row(request, prompts[k].ids, list(prompts[k].visuals), UniformStream(request.seed), placed[k][1])
             for request, k in zip(requests, copies.tolist(), strict=True)
         ]
         return rows, hidden[copies.to(self.device)]
+
+    def _prefill_examples(self, prompts: Sequence[Prompt]) -> tuple[list[Part], list[int]]:
+        """Each distinct set of examples once, in a row of the cache for each prompt.
+
+        Returns:
+            what is left of each prompt, and where it begins; all of it where some have no examples.
+        """
+        solved = [prompt.solved for prompt in prompts if prompt.solved is not None]
+        if len(solved) < len(prompts):
+            return [Part(prompt.ids, prompt.visuals) for prompt in prompts], [0] * len(prompts)
+        distinct = list(dict.fromkeys(solved))
+        placed = [self.backbone.positions(part.ids, part.visuals, 0) for part in distinct]
+        self._extend([part.ids for part in distinct], [p for p, _ in placed], [part.visuals for part in distinct])
+        rows = [distinct.index(part) for part in solved]
+        self.cache.select(torch.tensor(rows, device=self.device))
+        return [prompt.asked for prompt in prompts], [placed[k][1] for k in rows]
 
     def _extend(
         self, chunks: Sequence[Tensor], positions: Sequence[Tensor], visuals: Sequence[Sequence[Visual]]
@@ -223,8 +280,9 @@ class Flight:
             k = int(self.active[b])
             row = self.rows[k]
             text = self._turn_text(k)
-            seen = tuple(row.visuals[: len(row.request.sample.images)])
-            reply = respond(text, row.request.sample, seen, self.backbone.box_space)
+            shown = row.request.sample.prompt_visuals  # of the examples first, then its own images
+            seen = tuple(row.visuals[shown - len(row.request.sample.images) : shown])
+            reply = respond(text, row.request.sample, seen, self.backbone.box_space, self.backbone.zooms)
             if isinstance(reply, Done):
                 self._end(k, text, StopReason.ANSWER)
             elif int(ids[b]) in self.backbone.eos_ids:
@@ -333,13 +391,6 @@ class Flight:
             text=text,
             temperature=self.decoding.temperature or 1.0,
         )
-
-
-def see_images(backbone: Backbone, samples: Sequence[Sample]) -> list[tuple[Visual, ...]]:
-    """The images of each sample as the vision tower takes them; an image that several share is one visual."""
-    distinct = list({id(image): image for sample in samples for image in sample.images}.values())
-    visuals = dict(zip(map(id, distinct), backbone.see(distinct) if distinct else [], strict=True))
-    return [tuple(visuals[id(image)] for image in sample.images) for sample in samples]
 
 
 def waves(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:

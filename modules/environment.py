@@ -19,12 +19,15 @@ REFUSALS: dict[str, str] = {
     RequestFault.ARITY: " [A box has four numbers.] ",
     RequestFault.NUMBER: " [A box has four finite numbers.] ",
     RequestFault.IMAGE: " [There is no such image.] ",
+    RequestFault.ZOOM: f" [A zoom is a number from {grammar.LEAST_ZOOM:g} to {grammar.MOST_ZOOM:g}.] ",
     Fault.ORDER: " [x2 must be greater than x1, and y2 greater than y1.] ",
     Fault.OUTSIDE: " [The box lies outside the image.] ",
     Fault.SMALL: " [The box is smaller than a pixel.] ",
     Fault.NOT_FINITE: " [A box has four finite numbers.] ",
+    "zoom_fixed": " [The zoom cannot be chosen.] ",
     "context": " [There is no room for another crop.] ",
 }
+OF_ZOOM = frozenset({RequestFault.ZOOM, "zoom_fixed"})  # not for policies that have no word for a zoom
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Done:
     answer: str
 
 
-def respond(text: str, sample: Sample, visuals: tuple[Visual, ...], space: BoxSpace) -> Look | Refuse | Done | None:
+def respond(
+    text: str, sample: Sample, visuals: tuple[Visual, ...], space: BoxSpace, zooms: bool = True
+) -> Look | Refuse | Done | None:
     """The environment's answer to a turn.
 
     Args:
@@ -56,6 +61,7 @@ def respond(text: str, sample: Sample, visuals: tuple[Visual, ...], space: BoxSp
         sample: the question; a box means its only image unless it names another.
         visuals: what the policy saw of ``sample.images``, one each, in their order.
         space: the space that the policy writes boxes in.
+        zooms: whether the policy may choose how much a crop is enlarged; crops of one size for all cannot obey.
 
     Returns:
         None while the turn goes on.
@@ -77,4 +83,6 @@ def respond(text: str, sample: Sample, visuals: tuple[Visual, ...], space: BoxSp
     fault = check(box, (height, width), tolerance)
     if fault is not None:
         return Refuse(fault)
-    return Look(Region(clip(box, (height, width)), parsed.image))
+    if parsed.zoom is not None and not zooms:
+        return Refuse("zoom_fixed")
+    return Look(Region(clip(box, (height, width)), parsed.image, parsed.zoom))

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from modules.functional.boxes import iou
-from modules.trajectory import Region, Trajectory
+from modules.trajectory import Region, Trajectory, Turn
 
 MEASURED = (
     "zoom_rate",
     "crops",
     "crop_area",
+    "zoom_factor",
+    "zoom_chosen",
     "whole_image",
     "duplicates",
     "invalid",
@@ -31,20 +33,25 @@ def measure(trajectory: Trajectory) -> dict[str, float]:
     """Numbers of one trajectory; NaN where one does not apply.
 
     ``zoom_rate`` 1 if it was shown a crop; ``crops``; ``crop_area`` mean share of the image that its
-    crops cover; ``whole_image`` share of its crops that cover 90% or more; ``duplicates`` share of its
-    crops whose IoU with an earlier one is above 0.9; ``invalid`` share of its requests that were refused;
+    crops cover; ``zoom_factor`` mean factor by which they are enlarged, as shown (both sides' geometric mean);
+    ``zoom_chosen`` share of its crops whose factor it chose itself; ``whole_image`` share of its crops that
+    cover 90% or more; ``duplicates`` share of its crops whose IoU with an earlier one is above 0.9;
+    ``invalid`` share of its requests that were refused;
     ``faults`` refused boxes; ``refused_context`` those of them whose crop did not fit into the context;
     ``turns``; ``tokens`` that it wrote; ``truncated``; ``iou`` of the last region that it looked at with the
     best annotated one (0 if it looked nowhere, NaN if nothing is annotated).
     """
     shown = [turn.region for turn in trajectory.turns if turn.crop is not None and turn.region is not None]
     areas = [_share(trajectory, region) for region in shown]
+    factors = [enlargement(turn) for turn in trajectory.turns if turn.crop is not None and turn.region is not None]
     requests = [turn for turn in trajectory.turns if turn.region is not None or turn.fault is not None]
     faults = sum(turn.fault is not None for turn in requests)
     return {
         "zoom_rate": float(bool(shown)),
         "crops": float(len(shown)),
         "crop_area": sum(areas) / len(areas) if areas else math.nan,
+        "zoom_factor": sum(factors) / len(factors) if factors else math.nan,
+        "zoom_chosen": sum(r.zoom is not None for r in shown) / len(shown) if shown else math.nan,
         "whole_image": sum(a >= 0.9 for a in areas) / len(areas) if areas else math.nan,
         "duplicates": duplicates(shown) / len(shown) if shown else math.nan,
         "invalid": faults / len(requests) if requests else math.nan,
@@ -55,6 +62,14 @@ def measure(trajectory: Trajectory) -> dict[str, float]:
         "truncated": float(trajectory.stop.truncated),
         "iou": last_iou(shown, trajectory.sample.regions),
     }
+
+
+def enlargement(turn: Turn) -> float:
+    """Pixels that a crop was shown in, over the original pixels of its region, as a factor of each side."""
+    assert turn.crop is not None
+    assert turn.region is not None
+    x1, y1, x2, y2 = turn.region.box
+    return math.sqrt(turn.crop.pixels.shape[-2] * turn.crop.pixels.shape[-1] / ((x2 - x1) * (y2 - y1)))
 
 
 def last_iou(shown: list[Region], annotated: tuple[Region, ...]) -> float:

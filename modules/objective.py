@@ -20,6 +20,8 @@ class Objective:
             2503.20783).
         epsilon: added to that deviation.
         baseline: advantages are over the mean of the group (GRPO), or of its other members (RLOO, arXiv 2402.14740).
+        credit: all tokens of a trajectory get its advantage, or what a turn reward pays a turn is left to that turn's
+            tokens (`modules.functional.credit`).
         clip_low: how far the ratio may fall below 1 (PPO, arXiv 1707.06347).
         clip_high: how far it may rise above (apart from clip_low: DAPO, arXiv 2503.14476).
         ratio_to: denominator of the ratio: the sampler, or the reference (the formula of VLM-R3).
@@ -52,6 +54,7 @@ class Objective:
     scale_by_std: bool = True
     epsilon: float = 1e-4
     baseline: Baseline = "mean"
+    credit: Literal["trajectory", "turn"] = "trajectory"
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio_to: RatioTo = "sampler"
@@ -118,6 +121,10 @@ class Objective:
         """Refuse what would be a setting without an effect."""
         takes = {
             "epsilon": (self.scale_by_std, "`scale_by_std: true`"),
+            "credit": (
+                self.ratio_level == "token",
+                "`ratio_level: token` (a ratio over a trajectory hands the gradient of each token to all of them)",
+            ),
             "kl": (self.needs_reference, "a `beta` above 0, or for its curve with `ratio_to: reference`"),
             "kl_in": (self.beta > 0, "a `beta` above 0"),
             "unbiased_kl": (

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import lightning as L
@@ -98,6 +97,9 @@ class PolicyModule(L.LightningModule):
         self.head_chunk = head_chunk
         self.learning_rate = 0.0  # of the latest step
         self.idle = 0  # batches in a row without an optimizer step
+        self.nonfinite = 0  # steps that were left out, for their loss or gradient was not finite
+        self.nonfinite_in_a_row = 0
+        self.nonfinite_details: dict[str, Any] = {}  # of the latest such step
         self.refused: dict[str, None] = {}  # an ordered set of "id: why"
         if micro_batch is not None and micro_batch < 1:
             raise PolicyError(f"Expected `micro_batch` to be at least 1, but got {micro_batch}.")
@@ -132,6 +134,11 @@ class PolicyModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_train_start(self) -> None:
+        """Go on within an epoch: the number of batches, which `configure_optimizers` asks for, makes Lightning set its
+        loader up before a checkpoint is read, and then it does not hand the loader's state back."""
+        self.trainer.fit_loop._load_combined_loader_states()
+
     @property
     def steps_per_batch(self) -> int:
         """How many optimizer steps a batch comes to at most."""
@@ -148,7 +155,8 @@ class PolicyModule(L.LightningModule):
             count: what this rank contributes to the number that the sum is divided by.
 
         Returns:
-            ``loss`` as divided, ``grad_norm``, and the added-up sums of this rank.
+            ``loss`` as divided, ``grad_norm``, and the added-up sums of this rank; nothing where there was nothing to
+            learn from, or the loss or the gradient of any rank was not finite: then no weight is changed.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -157,7 +165,6 @@ class PolicyModule(L.LightningModule):
         if total == 0:
             self._wait()
             return {}
-        self.idle = 0
         optimizer.zero_grad()
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.device)}
         for k, micro_batch in enumerate(micro_batches):
@@ -173,15 +180,41 @@ class PolicyModule(L.LightningModule):
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
         if not micro_batches:
             self.manual_backward(self._nothing())
-        trained = [p for p in self.backbone.parameters() if p.requires_grad]
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        trained = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+        if not self._finite(sums["loss"], norm, trained):
+            optimizer.zero_grad()
+            return {}
+        torch.nn.utils.clip_grads_with_norm_(list(trained.values()), self.clip_norm, norm)
+        sums["grad_norm"] = norm
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.idle = 0
         optimizer.step()
         scheduler = self.lr_schedulers()
         assert scheduler is not None
         assert not isinstance(scheduler, list)
         scheduler.step()
         return sums
+
+    def _finite(self, loss: Tensor, norm: Tensor, trained: Mapping[str, torch.nn.Parameter]) -> bool:
+        """Whether loss and gradient are numbers on every rank; if not, the step is left out, counted and remembered."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # it leaves such steps out itself
+            return True
+        bad = not (bool(loss.isfinite()) and bool(norm.isfinite()))
+        if not self.trainer.strategy.reduce_boolean_decision(bad, all=False):
+            self.nonfinite_in_a_row = 0
+            return True
+        self.nonfinite += 1
+        self.nonfinite_in_a_row += 1
+        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        self.nonfinite_details = {
+            "loss": float(loss),
+            "grad_norm": float(norm),
+            "gradients": [name for name, grad in gradients.items() if not bool(grad.isfinite().all())],
+            "weights": [name for name, p in trained.items() if not bool(p.isfinite().all())],
+        }
+        self._wait()
+        return False
 
     def _nothing(self) -> Tensor:
         """Zero, with a gradient for every parameter: data-parallel ranks wait for each, also for those of the
@@ -194,7 +227,8 @@ class PolicyModule(L.LightningModule):
         if self.idle >= PATIENCE:
             raise PolicyError(
                 f"{PATIENCE} batches in a row had nothing to learn from: every sample was skipped, or (R-GRPO) the "
-                "rewards of every group were all the same. Look at `data/skipped` and `train/reward/*`."
+                "rewards of every group were all the same, or losses were not finite. Look at `data/skipped`, "
+                "`train/reward/*` and `health/nonfinite_steps`."
             )
 
     def _sum_over_ranks(self, count: float) -> float:
@@ -274,7 +308,7 @@ def read_policy(path: str, argument: str) -> tuple[dict[str, Tensor], LoRA]:
         # mapped: the optimizer's state in it, often twice the weights, is not read
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state, lora = checkpoint["state_dict"], LoRA(**checkpoint.get("lora", {}))
-    except (AttributeError, LookupError, TypeError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged or hostile file leads the reader into
         raise PolicyError(
             f"Expected `{argument}` {path!r} to be a training checkpoint, but reading it fails: {error!r}."
         ) from error

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.backbones.base import Backbone
-from modules.engine import see_images
+from modules.backbones.base import Backbone, see_images
 from modules.environment import Done, Look, Refuse, respond
 from modules.functional.grammar import last_answer
 from modules.trajectory import Region, Sample, StopReason, Trajectory, Turn, Visual
@@ -77,7 +76,7 @@ def _script(backbone: Backbone, sample: Sample, seen: Sequence[Visual]) -> _Scri
         if bool(backbone.banned.cpu()[own].any()):
             return f"step {number} has words that the policy cannot write: {step.text!r}"
         text = backbone.detokenize(own)
-        reply = respond(text, sample, tuple(seen), backbone.box_space)
+        reply = respond(text, sample, tuple(seen), backbone.box_space, backbone.zooms)
         region = reply.region if isinstance(reply, Look) else None
         if region is None and (step.region is not None or isinstance(reply, Refuse)):
             return f"step {number} should end in a valid box, but the environment reads {text!r} as {reply}"

@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.comparison import compared, comparison_metrics, of_turns
 from modules.functional.advantages import group_advantages, zero_variance
+from modules.functional.credit import laid_out, turn_advantages
+from modules.functional.kinds import KINDS, by_kind, kinds_of_sampled
 from modules.functional.kl import kl_estimate, per_trajectory
 from modules.functional.losses import token_weights
 from modules.functional.policy_gradient import rgrpo_loss
+from modules.grounding import UNGROUNDED, Grounder, Grounding, grounding_metrics
+from modules.located import Located, annotated_box, share
 from modules.objective import GRPO, Objective
 from modules.policy import PolicyError, PolicyModule
 from modules.reference import ReferenceModule
-from modules.scoring import collate, token_log_probs
+from modules.scoring import collate, predicting, token_log_probs
 from modules.trajectory import Group, SampleBatch, Trajectory, TrajectoryBatch
 
 __all__ = ["Objective", "RGRPOModule", "split"]
@@ -33,6 +38,8 @@ class _Part:
     count: float
     reference: Tensor | None  # (T,) log-probabilities
     learner: Tensor | None  # (T,) log-probabilities before the first step, where it matters which step it is
+    kinds: Tensor | None  # (T,) long, places in KINDS, where it is logged
+    located: Located | None = None  # its boxes and answers, where they have losses of their own
 
 
 @dataclass(eq=False)
@@ -49,13 +56,18 @@ class RGRPOModule(PolicyModule):
 
     Args:
         objective: what is optimised.
+        grounding: weights of losses beside it, of the boxes that the policy is expected to write: against the
+            annotated region that is nearest to the box that was written, and of the answers that were right.
         kwargs: see `PolicyModule`; ``init_from`` is the SFT checkpoint.
 
     Raises:
         PolicyError: if a reference that is the policy without its adapters is to be synchronised.
+        ValueError: see `Grounder`.
     """
 
-    def __init__(self, *args: Any, objective: Objective = GRPO, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, objective: Objective = GRPO, grounding: Grounding = UNGROUNDED, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         if objective.sync_reference is not None and self.lora.rank:
             raise PolicyError(
@@ -65,6 +77,9 @@ class RGRPOModule(PolicyModule):
         self.objective = objective
         self.reference = ReferenceModule(self.backbone) if self.objective.needs_reference else None
         self.waiting = _Waiting()
+        self.grounder = (
+            Grounder(self.backbone, grounding, self.row_tokens, self.head_chunk) if grounding.active else None
+        )
 
     @property
     def steps_per_batch(self) -> int:
@@ -78,8 +93,24 @@ class RGRPOModule(PolicyModule):
             totals, scale_by_std=objective.scale_by_std, epsilon=objective.epsilon, baseline=objective.baseline
         )
 
+    def credited(self, group: Group) -> Group:
+        """The group with the advantages of its turns, if they are credited apart."""
+        objective, pay = self.objective, group.turn_pay
+        if pay is None:
+            return group
+        own, extra = turn_advantages(
+            group.totals,
+            pay.whole,
+            pay.turns,
+            scale_by_std=objective.scale_by_std,
+            epsilon=objective.epsilon,
+            baseline=objective.baseline,
+        )
+        return replace(group, advantages=own, turn_advantages=extra)
+
     def on_train_start(self) -> None:
         """Groups that an earlier fit left over are of another policy."""
+        super().on_train_start()
         self.waiting = _Waiting()
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
@@ -103,7 +134,7 @@ class RGRPOModule(PolicyModule):
         made = []
         for group, penalty in zip(groups, penalties.split(sizes), strict=True):
             totals = group.totals - penalty.to(group.totals)
-            made.append(replace(group, totals=totals, advantages=self.advantages(totals)))
+            made.append(self.credited(replace(group, totals=totals, advantages=self.advantages(totals))))
         self.log_now(lambda: comparison_metrics(made), len(trajectories))
         return made
 
@@ -128,7 +159,7 @@ class RGRPOModule(PolicyModule):
         waiting.groups += [
             g
             for g in groups
-            if not (objective.drop_zero_variance and bool(zero_variance(g.totals, objective.min_spread)))
+            if not (objective.drop_zero_variance and bool(zero_variance(compared(g), objective.min_spread)))
         ]
         # every rank has seen as many batches, and reduces at the same ones
         if waiting.batches < objective.resample and self._sum_over_ranks(waiting.wanted - len(waiting.groups)) > 0:
@@ -158,6 +189,7 @@ class RGRPOModule(PolicyModule):
         objective = self.objective
         micro_batches = self._micro_batches([t for g in groups for t in g.trajectories])
         advantages = torch.cat([g.advantages for g in groups] or [torch.zeros(0)])
+        extra = iter(of_turns(groups) if objective.credit == "turn" else ())
         parts = []
         for some, own in zip(micro_batches, advantages.split([len(m) for m in micro_batches]), strict=True):
             batch = collate(self.backbone, some, self.row_tokens)
@@ -170,19 +202,30 @@ class RGRPOModule(PolicyModule):
                 include=whole.to(batch.owners.device) if objective.mask_truncated else None,
             )
             per_token = own.to(batch.owners.device)[batch.owners]
+            if objective.credit == "turn":
+                per_token = per_token + laid_out([next(extra) for _ in some], batch.owners)
+            kinds = None
+            if self.trainer._logger_connector.should_update_logs:
+                kinds = laid_out([kinds_of_sampled(t, self.backbone.detokenize) for t in some], batch.owners)
             reference = learner = None
             if self.reference is not None and objective.reference_in_loss:
                 reference = self.reference(batch, self.head_chunk)
             if objective.sampler_correction is not None and self.steps_per_batch > 1:
                 with torch.no_grad():
                     learner, _ = token_log_probs(self.backbone, batch, self.head_chunk)
-            parts.append(_Part(batch, per_token, weights, count, reference, learner))
+            parts.append(_Part(batch, per_token, weights, count, reference, learner, kinds))
+        if self.grounder is not None:
+            right = iter(rightly_answered(groups) if self.grounder.weights.answer else itertools.repeat(False))
+            found = [self.grounder.locate(some, annotated_box, [next(right) for _ in some]) for some in micro_batches]
+            shared = share(found, sum(part.count for part in parts), self._sum_over_ranks)
+            parts = [replace(part, located=located) for part, located in zip(parts, shared, strict=True)]
         return parts
 
     def _loss(self, part: _Part) -> tuple[Tensor, dict[str, Tensor]]:
         objective, batch = self.objective, part.batch
         exploring = objective.entropy_bonus > 0
-        log_probs, entropy = token_log_probs(self.backbone, batch, self.head_chunk, entropy_gradient=exploring)
+        hidden = predicting(self.backbone, batch)
+        log_probs, entropy = token_log_probs(self.backbone, batch, self.head_chunk, exploring, hidden)
         loss, metrics = rgrpo_loss(
             log_probs,
             batch.log_probs,
@@ -203,9 +246,13 @@ class RGRPOModule(PolicyModule):
             entropy_bonus=objective.entropy_bonus,
             entropy=entropy if exploring else None,
         )
+        if self.grounder is not None and part.located is not None:
+            grounding, sums = self.grounder.loss(hidden, part.located, batch.temperature)
+            loss, metrics = loss + grounding, metrics | sums
         gap = (log_probs.detach() - batch.log_probs).abs()
         return loss, {
             **metrics,
+            **({} if part.kinds is None else {"entropy/kinds": by_kind(entropy.detach(), part.kinds)}),
             "entropy": entropy.detach().sum(),
             "sampler_gap": gap.sum(),
             "tokens": torch.ones_like(gap).sum(),
@@ -219,6 +266,11 @@ class RGRPOModule(PolicyModule):
         for name in PER_TOKEN:
             if name in history[0]:
                 metrics[f"train/{name}"] = torch.stack([h[name] for h in history]).sum() / tokens
+        if "entropy/kinds" in history[0]:
+            sums, counts = torch.stack([h["entropy/kinds"] for h in history]).sum(0)
+            named = zip(KINDS, sums, counts, strict=True)
+            metrics |= {f"train/entropy/{kind}": total / n for kind, total, n in named if n}
+        metrics |= grounding_metrics(history)
         metrics["train/clip_fraction"] = metrics["train/clip_low"] + metrics["train/clip_high"]
         metrics["train/loss"] = torch.stack([h["loss"] for h in history]).mean()
         metrics["train/grad_norm"] = torch.stack([h["grad_norm"] for h in history]).mean()
@@ -238,18 +290,18 @@ PER_TOKEN = (
 )
 
 
-def comparison_metrics(groups: Sequence[Group]) -> dict[str, Tensor | float]:
-    """What is logged of rewards once something was taken off them; the advantages' curves are then of these."""
-    if not groups:
-        return {}
-    totals = torch.stack([g.totals for g in groups])
-    advantages = torch.stack([g.advantages for g in groups])
-    return {
-        "train/reward/penalised": totals.nanmean(),
-        "train/advantage/mean": advantages.mean(),
-        "train/advantage/std": advantages.std() if advantages.numel() > 1 else 0.0,
-        "train/advantage/zero_groups": (advantages == 0).all(-1).float().mean(),
-    }
+def rightly_answered(groups: Sequence[Group]) -> list[bool]:
+    """Whether each trajectory's answer was right.
+
+    Raises:
+        PolicyError: if no reward tells.
+    """
+    if any("accuracy" not in group.rewards for group in groups):
+        raise PolicyError(
+            "Expected `rollout.rewards` to hold one called `accuracy` with `grounding.answer`, which learns from right "
+            f"answers, but got {sorted(groups[0].rewards)}."
+        )
+    return [value > 0 for group in groups for value in group.rewards["accuracy"].tolist()]
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from modules.backbones.base import Backbone
+from modules.functional.linear_head import linear_log_probs
 from modules.functional.losses import in_chunks, selected_log_probs
 from modules.functional.packing import pack
 from modules.trajectory import Trajectory, TrajectoryBatch
+
+AT_ONCE = 1 << 25  # logits that are computed the ordinary way; of more, `linear_log_probs` keeps a chunk at a time
 
 
 def collate(backbone: Backbone, trajectories: Sequence[Trajectory], row_tokens: int = 2048) -> TrajectoryBatch:
@@ -26,14 +29,31 @@ def collate(backbone: Backbone, trajectories: Sequence[Trajectory], row_tokens: 
     return batch.to(backbone.device)
 
 
+def predicting(backbone: Backbone, batch: TrajectoryBatch) -> Tensor:
+    """(T, D) hidden states that the sampled tokens are predicted from."""
+    return backbone.hidden_states(batch).flatten(0, 1)[batch.predictors]
+
+
 def token_log_probs(
-    backbone: Backbone, batch: TrajectoryBatch, chunk: int, entropy_gradient: bool = False
+    backbone: Backbone,
+    batch: TrajectoryBatch,
+    chunk: int,
+    entropy_gradient: bool = False,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (T,) of the sampled tokens and entropies (T,) of the distributions they were drawn from.
 
     Logits are computed at sampled positions only, ``chunk`` tokens at a time. Entropies carry gradient if asked to.
+    ``hidden`` are `predicting` states, if they are known already.
     """
-    hidden = backbone.hidden_states(batch).flatten(0, 1)[batch.predictors]
+    if hidden is None:
+        hidden = predicting(backbone, batch)
+    layer, size = backbone.linear_head, max(AT_ONCE // len(backbone.banned), 1)
+    if layer is not None and len(hidden) > size and not torch.is_autocast_enabled(hidden.device.type):
+        log_probs, entropy = linear_log_probs(
+            hidden, layer.weight, layer.bias, batch.targets, batch.temperature, backbone.banned, min(chunk, size)
+        )
+        return log_probs, entropy if entropy_gradient else entropy.detach()
 
     def select(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return selected_log_probs(backbone.head(h), targets, batch.temperature, backbone.banned, entropy_gradient)

@@ -8,27 +8,40 @@ import torch
 from torch import Tensor
 
 from modules.functional.losses import coordinate_cross_entropy, in_chunks
+from modules.grounding import UNGROUNDED, Grounder, Grounding, grounding_metrics
+from modules.located import Located, share, step_box
 from modules.policy import PolicyModule
 from modules.replay import Replayer
-from modules.scoring import collate
+from modules.scoring import collate, predicting
 from modules.trajectory import SampleBatch, TrajectoryBatch
 
 
 class SFTModule(PolicyModule):
     """Cross-entropy on everything that the teacher wrote, none on prompt and crops (arXiv 2505.16192, the warm-up).
 
+    With `grounding`, losses of the expected boxes are added: against the region of the teacher's own step, and of the
+    teacher's answer.
+
     Args:
         sigma: width, in bins, of the soft targets of coordinate tokens; None: plain cross-entropy.
             Only for backbones with coordinate tokens.
         grounding_weight: of a coordinate token's loss, where any other token's is 1. A box is four
             tokens and the answer often one: equal weights make the box most of the loss.
+        grounding: weights of further losses, of the boxes that the policy is expected to write.
         kwargs: see `PolicyModule`.
 
     Raises:
-        ValueError: if ``sigma`` is given and the backbone writes coordinates as digits.
+        ValueError: if ``sigma`` is given and the backbone writes coordinates as digits; see `Grounder`.
     """
 
-    def __init__(self, *args: Any, sigma: float | None = None, grounding_weight: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sigma: float | None = None,
+        grounding_weight: float = 1.0,
+        grounding: Grounding = UNGROUNDED,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if sigma is not None and self.backbone.coordinate_bins is None:
             raise ValueError(
@@ -38,6 +51,9 @@ class SFTModule(PolicyModule):
         self.sigma = sigma
         self.grounding_weight = grounding_weight
         self.replay = Replayer(self.backbone)
+        self.grounder = (
+            Grounder(self.backbone, grounding, self.row_tokens, self.head_chunk) if grounding.active else None
+        )
 
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
         """One optimizer step on one batch."""
@@ -48,13 +64,18 @@ class SFTModule(PolicyModule):
         parts = [trajectories[k : k + size] for k in range(0, len(trajectories), size)]
         packed = [collate(self.backbone, part, self.row_tokens) for part in parts]
         count = sum(len(b.targets) for b in packed)
-        sums = self.update(packed, self._loss, count)
-        if packed:  # else this rank only stepped with its peers, if at all
+        located: list[Located | None] = [None] * len(packed)
+        if self.grounder is not None:
+            found = [self.grounder.locate(part, step_box, [True] * len(part)) for part in parts]
+            located = [*share(found, count, self._sum_over_ranks)]
+        sums = self.update(list(zip(packed, located, strict=True)), self._loss, count)
+        if packed and sums:  # else this rank only stepped with its peers, if at all
             self.log_now(lambda: self._metrics(sums), len(trajectories))
         return {"tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for t in trajectories)}
 
-    def _loss(self, batch: TrajectoryBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = self.backbone.hidden_states(batch).flatten(0, 1)[batch.predictors]
+    def _loss(self, part: tuple[TrajectoryBatch, Located | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        batch, located = part
+        hidden = predicting(self.backbone, batch)
         bins = self.backbone.coordinate_bins
         graded = batch.coordinates if self.sigma is not None else torch.full_like(batch.coordinates, torch.nan)
 
@@ -70,7 +91,11 @@ class SFTModule(PolicyModule):
             "grounding_tokens": boxes.sum(),
             "text_tokens": (~boxes).sum(),
         }
-        return (losses * torch.where(boxes, self.grounding_weight, 1.0)).sum(), parts
+        loss = (losses * torch.where(boxes, self.grounding_weight, 1.0)).sum()
+        if self.grounder is not None and located is not None:
+            grounding, sums = self.grounder.loss(hidden, located, batch.temperature)
+            loss, parts = loss + grounding, parts | sums
+        return loss, parts
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
         metrics: dict[str, Tensor | float] = {
@@ -79,6 +104,7 @@ class SFTModule(PolicyModule):
             "train/grad_norm": sums["grad_norm"],
             "train/learning_rate": self.learning_rate,
             "data/skipped": self.skipped,
+            **grounding_metrics([sums]),
         }
         if sums["grounding_tokens"]:
             metrics["train/loss/grounding"] = sums["grounding"] / sums["grounding_tokens"]

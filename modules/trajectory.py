@@ -27,6 +27,8 @@ class Region:
 
     box: Box  # original pixels
     image: int = 0  # index into Sample.images
+    zoom: float | None = None  # by how much each side of its crop is to be enlarged; None: the zoom rule
+    why: str = ""  # what it is looked at for, where somebody wrote that down
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class Sample:
     regions: tuple[Region, ...] = ()  # annotated evidence, for measuring and for grounding rewards
     rationale: tuple[Step, ...] = ()  # a written trajectory, for supervised warm-up
     meta: dict[str, Any] = field(default_factory=dict)
+    answer_kind: str | None = None  # how an answer is compared (functional.graders.Kind); None: nobody said
+    provenance: dict[str, Any] = field(default_factory=dict)  # where it is from and who wrote what
+    examples: tuple[Sample, ...] = ()  # solved questions that stand before it in the prompt; their images have no index
+
+    @property
+    def prompt_visuals(self) -> int:
+        """How many images and crops its prompt shows: those of the examples, then its own images."""
+        looks = sum(len(e.images) + sum(step.region is not None for step in e.rationale) for e in self.examples)
+        return looks + len(self.images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +127,18 @@ class Trajectory:
 
 
 @dataclass(frozen=True, eq=False)
+class TurnPay:
+    """What C rewards that belong to turns add to the totals of G trajectories, weighted and gated."""
+
+    whole: Tensor  # (C, G) float32, to each total
+    turns: Tensor  # (C, G, K) float32, turn by turn; NaN where a turn has no value
+
+    def of(self, members: slice) -> TurnPay:
+        """That of some of the trajectories."""
+        return TurnPay(self.whole[:, members], self.turns[:, members])
+
+
+@dataclass(frozen=True, eq=False)
 class Group:
     """G trajectories of one question, their rewards, and what the group says of each."""
 
@@ -124,6 +147,8 @@ class Group:
     rewards: dict[str, Tensor]  # component -> (G,) float32, unweighted; NaN where a judgement failed
     totals: Tensor  # (G,) float32, weighted sum of the components after gating
     advantages: Tensor  # (G,) float32
+    turn_pay: TurnPay | None = None  # where turns are credited apart
+    turn_advantages: Tensor | None = None  # (G, K) float32, what the tokens of each turn get in addition
 
 
 @dataclass(eq=False)

@@ -36,7 +36,9 @@ FRAGMENTS = [
 ]
 
 
-def make_backbone(seed: int = 0, layers: int = 2, crop: ScalerConfig | None = None, **kwargs: object) -> TimmLMBackbone:
+def make_backbone(
+    seed: int = 0, layers: int = 2, crop: ScalerConfig | None = None, zooms: Sequence[float] = (), **kwargs: object
+) -> TimmLMBackbone:
     """Random weights, large enough that logits have a standard deviation of about one or more."""
     torch.manual_seed(seed)
     backbone = TimmLMBackbone(
@@ -66,7 +68,7 @@ def make_backbone(seed: int = 0, layers: int = 2, crop: ScalerConfig | None = No
                 "tie_word_embeddings": False,
             }
         ),
-        tokenizer=TokenizerConfig(vocabulary=FragmentVocabulary(FRAGMENTS, coordinates=17, step=4)),
+        tokenizer=TokenizerConfig(vocabulary=FragmentVocabulary(FRAGMENTS, 17, 4, list(zooms))),
         image=ScalerConfig(size=(16, 16)),
         crop=crop or ScalerConfig(size=(16, 16)),
         **kwargs,  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from modules.backbones.timm_lm import (
     VisionConfig,
     sincos_2d,
 )
+from modules.environment import OF_ZOOM, REFUSALS
 from modules.functional.packing import common_length
 from modules.replay import Replayer
 from modules.scoring import collate, token_log_probs
@@ -188,6 +189,20 @@ def test_fragment_tokenizer_round_trips_and_rejects_repeats() -> None:
     assert tokenizer.unk_token_id not in ids
     with pytest.raises(ValueError, match="distinct"):
         fragment_tokenizer(FragmentVocabulary(["a", "a"]))
+
+
+def test_words_for_a_zoom_come_only_when_they_are_asked_for() -> None:
+    """The quickstart's vocabulary, and with it its weights, are what they were."""
+    plain = fragment_tokenizer(FragmentVocabulary(FRAGMENTS, coordinates=17, step=4))
+    assert len(plain) == 4 + len(FRAGMENTS) + 2 * 17 + len({*REFUSALS.values()}) - len(OF_ZOOM)
+    assert not any("zoom" in word.lower() and word not in FRAGMENTS for word in plain.get_vocab())
+    vocabulary = FragmentVocabulary(FRAGMENTS, coordinates=17, step=4, zooms=[1, 2.5])
+    tokenizer = fragment_tokenizer(vocabulary)
+    text = 'red {"bbox_2d": [4, 8, 44, 4], "zoom": 2.5}'
+    ids = tokenizer(text)["input_ids"]
+    assert (len(ids), tokenizer.decode(ids)) == (6, text)
+    assert [len(tokenizer(REFUSALS[fault])["input_ids"]) for fault in OF_ZOOM] == [1, 1]
+    assert len(vocabulary.coordinate_tokens()) == 3
 
 
 @pytest.mark.parametrize(

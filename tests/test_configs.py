@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from commands.cli import cli
+from commands.pipeline import arguments, check, pipeline
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
-RUNS = [name for name in FILES if "quickstart/pipeline" not in name]
+OTHERS = ("/ablations/", "/vlir/")  # read by other commands, and tested with these
+RUNS = [name for name in FILES if not name.endswith("/pipeline.yaml") and not any(part in name for part in OTHERS)]
 
 
 def command_of(name: str) -> list[str]:
@@ -43,6 +46,26 @@ def test_the_command_that_a_file_opens_with_is_understood(
     args = command_of(name)
     assert any(name in arg for arg in args), f"the command of {name} does not read it"
     assert printed(args, capsys)["model"]["class_path"]
+
+
+PIPELINES = [name for name in FILES if name.endswith("/pipeline.yaml")]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_stage_of_a_pipeline_is_understood(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command, *args = command_of(name)
+    assert (command, args[:2]) == ("pipeline", ["--config", name])
+    parser = ArgumentParser()
+    parser.add_argument("-c", "--config", action="config")
+    parser.add_function_arguments(pipeline)
+    values = parser.instantiate(parser.parse_args(args))
+    check(values.stages, values.report)
+    for stage in values.stages:
+        given = arguments(stage, Path(values.run_dir), values.seed)
+        assert printed(given, capsys)["model"]["class_path"]
 
 
 @pytest.mark.parametrize("other", ["gemma3", "timm_lm", "qwen3_vl"])

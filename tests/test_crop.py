@@ -1,5 +1,6 @@
 """Crops against torchvision and transformers, their gradients against finite differences."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tenso
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from modules.crop import CropAndScale
+from modules.functional.boxes import zoom_factor
 
 PHOTOS = sorted((Path(__file__).parent / "data" / "photos").glob("*.jpg"))
 
@@ -290,6 +292,29 @@ def test_zoom_rule(box: tuple[float, float, float, float], expected: tuple[int, 
     assert module.output_size(box, IMAGE) == expected
     (ours,) = module([torch.zeros(3, *IMAGE, dtype=torch.uint8)], torch.tensor([box], dtype=torch.float32))
     assert tuple(ours.shape) == (3, *expected)
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.0, 1.5, 3.0, 8.0])  # 8: more pixels than the limit
+def test_a_chosen_factor_takes_the_place_of_the_rule(factor: float) -> None:
+    module = CropAndScale(grid=28, min_pixels=9 * 784, max_pixels=1024 * 784)
+    expected = smart_resize(250 * factor, 150 * factor, 28, 9 * 784, 1024 * 784)  # type: ignore[arg-type]
+    assert module.output_size((10, 10, 160, 260), IMAGE, factor) == expected
+
+
+@pytest.mark.parametrize("box", [(10, 10, 110, 110), (10, 10, 260, 260), (0, 0, 250, 400), (1.5, 0.25, 300, 7)])
+def test_the_rules_own_factor_changes_nothing(box: tuple[float, float, float, float]) -> None:
+    module = CropAndScale(grid=28, min_pixels=4 * 784, max_pixels=1024 * 784)
+    own = zoom_factor((box[2] - box[0]) * (box[3] - box[1]) / (IMAGE[0] * IMAGE[1]))
+    assert module.output_size(box, IMAGE, own) == module.output_size(box, IMAGE)
+
+
+def test_a_factor_that_cannot_act_is_refused() -> None:
+    ruled = CropAndScale(grid=28, min_pixels=784, max_pixels=7840)
+    for factor in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="positive and finite"):
+            ruled.output_size((0, 0, 9, 9), IMAGE, factor)
+    with pytest.raises(ValueError, match=r"fixed size.* 2.0 with size=\(24, 24\)"):
+        CropAndScale(size=(24, 24)).output_size((0, 0, 9, 9), IMAGE, 2.0)
 
 
 @pytest.mark.parametrize(("low", "high"), [(4, 64), (300, 1024)])

@@ -8,7 +8,7 @@ import torch
 from modules.environment import REFUSALS, Done, Look, Refuse, respond
 from modules.functional.boxes import BoxSpace, SpaceKind
 from modules.functional.grammar import format_box, may_end_turn
-from modules.trajectory import Box, Sample, Visual
+from modules.trajectory import Box, Region, Sample, Visual
 
 
 def shown(*sizes: tuple[tuple[int, int], tuple[int, int]]) -> tuple[Sample, tuple[Visual, ...]]:
@@ -30,6 +30,7 @@ REFUSED = {
         '{"bbox_2d": [1, 2, 30, 40], "image": -1}',
         '{"bbox_2d": [1, 2, 30, 40], "image": "0"}',
     ],
+    "zoom": ['{"bbox_2d": [1, 2, 30, 40], "zoom": 0}', '{"bbox_2d": [1, 2, 30, 40], "zoom": 8.01}'],
     "order": ['{"bbox_2d": [30, 2, 1, 40]}', '{"bbox_2d": [1, 40, 30, 2]}', '{"bbox_2d": [1, 2, 1, 40]}'],
     "outside": ['{"bbox_2d": [-5, 2, 30, 40]}', '{"bbox_2d": [1, 2, 30, 140]}', '{"bbox_2d": [900, 2, 901, 40]}'],
     "small": ['{"bbox_2d": [1, 2, 1.1, 40]}', '{"bbox_2d": [100, 2, 100.5, 40]}'],
@@ -43,7 +44,18 @@ def test_a_box_that_cannot_be_shown_is_refused(fault: str, text: str) -> None:
 
 
 def test_every_refusal_is_tested_and_has_words() -> None:
-    assert {*REFUSED, "context"} == set(REFUSALS)  # `context` is the engine's to refuse
+    own = {"context", "zoom_fixed"}  # the engine's to refuse; see below
+    assert {*REFUSED, *own} == set(REFUSALS)
+
+
+def test_a_zoom_is_handed_on_where_crops_can_obey_it() -> None:
+    text = format_box((10, 10, 20, 40), zoom=2.5)
+    reply = respond(text, *ONE, RESIZED)
+    assert isinstance(reply, Look)
+    assert reply.region == Region((40.0, 20.0, 80.0, 80.0), zoom=2.5)
+    assert respond(text, *ONE, RESIZED, zooms=False) == Refuse("zoom_fixed")
+    unsaid = respond(format_box((10, 10, 20, 40)), *ONE, RESIZED, zooms=False)
+    assert unsaid == Look(Region((40.0, 20.0, 80.0, 80.0)))
 
 
 @pytest.mark.parametrize("words", REFUSALS.values())

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.families import build
-from modules.backbones.hf_vlm import HFVLMBackbone
+from modules.backbones.base import see_images
+from modules.backbones.hf_vlm import ZOOM_INSTRUCTION, HFVLMBackbone
 from modules.backbones.qwen_vl import QwenVLBackbone
-from modules.engine import Decoding, LocalEngine, Request, see_images
+from modules.backbones.scaling import ScalerConfig
+from modules.engine import Decoding, LocalEngine, Request
+from modules.functional.grammar import BoxRequest, parse_turn
 from modules.policy import freeze_matching
 from modules.rgrpo import RGRPOModule
 from modules.scoring import collate, token_log_probs
@@ -213,6 +216,19 @@ def test_token_limits_of_images_and_crops_act(folders: Callable[[str], Path]) ->
     for visual in [*whole, *crops]:
         assert visual.pixels.shape[-2] % cell == visual.pixels.shape[-1] % cell == 0
         assert visual.tokens == visual.pixels.shape[-2] * visual.pixels.shape[-1] // cell**2
+
+
+def test_a_policy_is_told_that_it_may_choose_the_zoom(folders: Callable[[str], Path], qwen: QwenVLBackbone) -> None:
+    told = make_qwen(folders("qwen2_5_vl"), offer_zoom=True)
+    sample = question(picture(56, 56))
+    prompts = [b.detokenize(b.prompt_ids(sample, b.see(sample.images))) for b in (qwen, told)]
+    assert prompts[1].replace(ZOOM_INSTRUCTION, "") == prompts[0] != prompts[1]
+    request = parse_turn(ZOOM_INSTRUCTION.rstrip(".").replace("x1, y1, x2, y2", "1, 2, 3, 4"))
+    assert request == BoxRequest((1, 2, 3, 4), zoom=2)  # what it is told to write is understood
+    with pytest.raises(ValueError, match=r"with `offer_zoom`, but got \(28, 28\) for all"):
+        HFVLMBackbone(str(folders("qwen2_5_vl")), crop=ScalerConfig(size=(28, 28)), offer_zoom=True)
+    with pytest.raises(ValueError, match=r"with `offer_zoom`, but got the scaling of gemma3"):
+        HFVLMBackbone(str(folders("gemma3")), offer_zoom=True)
 
 
 def test_images_on_a_grid_are_scaled_exactly_once(qwen: QwenVLBackbone) -> None:

@@ -42,6 +42,8 @@ def test_two_crops_and_a_refusal() -> None:
             "zoom_rate": 1.0,
             "crops": 2.0,
             "crop_area": (0.25 + 0.9) / 2,  # each of its own image
+            "zoom_factor": ((8 * 8 / (50 * 20)) ** 0.5 + (8 * 8 / (10 * 9)) ** 0.5) / 2,  # shown as 8 x 8
+            "zoom_chosen": 0.0,
             "whole_image": 0.5,  # 0.9 is whole already
             "duplicates": 0.0,
             "invalid": 1 / 3,

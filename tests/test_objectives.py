@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import train
@@ -86,6 +87,11 @@ def test_a_preset_opens_with_its_command_and_writes_every_argument_out(name: str
     assert [line.split(":")[0].strip() for line in lines[start + 4 :]] == [field.name for field in fields(Objective)]
 
 
+def test_the_example_of_credit_by_turn_changes_the_credit_alone() -> None:
+    written = yaml.safe_load((CONFIGS / "objectives" / "region_credit.yaml").read_text())
+    assert written["model"]["init_args"]["objective"] == asdict(replace(Objective(), credit="turn"))
+
+
 def loss(objective: Objective) -> Tensor:
     """Of two groups of random trajectories at a later inner step, with what an objective says."""
     generator = torch.Generator().manual_seed(0)
@@ -148,6 +154,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"unbiased_kl": True, "beta": 0.1, "kl_in": "reward"}, "`objective.unbiased_kl` .* `kl_in: loss`"),
     ({"unbiased_kl": True, "beta": 0.1, "kl": "k2"}, "`objective.unbiased_kl` .* k1 or k3"),
     ({"kl": "k1", "beta": 0.1}, "`objective.unbiased_kl: true` or `kl_in: reward` .* zero on average"),
+    ({"credit": "turn", "ratio_level": "sequence"}, "`objective.credit` .* acts only with `ratio_level: token`"),
     ({"drop_zero_variance": False, "min_spread": 0.1}, "`objective.min_spread` .* `drop_zero_variance: true`"),
     ({"drop_zero_variance": False, "resample": 2}, "`objective.resample` .* `drop_zero_variance: true`"),
     ({"kl_in": "reward", "beta": 0.1, "resample": 2}, "`objective.resample` .* `kl_in: loss`"),
@@ -170,6 +177,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"ratio_level": "sequence", "sampler_correction": 2.0},
     {"mask_truncated": True, "truncation_penalty": 1.0},  # others of the group are compared with it
     {"resample": 5, "min_spread": 0.1},
+    {"credit": "turn", "baseline": "leave_one_out", "beta": 0.1, "kl_in": "reward"},
 ]
 
 

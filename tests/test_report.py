@@ -122,6 +122,31 @@ def test_the_numbers_of_a_row(tmp_path: Path) -> None:
     assert results["y"]["sampled_accuracy"] is results["y"]["mean_iou"] is results["y"]["seconds"] is None
 
 
+def test_a_row_is_broken_down_by_a_key_of_the_predictions(tmp_path: Path) -> None:
+    kinds = ["far", "far", "near", "near"]
+    greedy = [
+        line(k, int(k != 1), iou=0.5 if k < 2 else None, crops=int(k < 2)) | {"source": kinds[k]} for k in range(4)
+    ]
+    sampled = [line(k, int(k == 3), "sampled") | {"source": kinds[k]} for k in range(4)]
+    write(tmp_path / "t", greedy + sampled)
+    report = Report(rows={"x": Row("t", sampled_mode="sampled")}, by="source")
+    results = build(report, tmp_path)
+    parts = results["x"]["by"]
+    keys = ("accuracy", "zoom_rate", "sampled_accuracy", "mean_iou", "n")
+    assert {name: tuple(part[key] for key in keys) for name, part in parts.items()} == {
+        "far": (0.5, 1.0, 0.0, 0.5, 2),
+        "near": (1.0, 0.0, 0.5, None, 2),
+    }
+    assert results["x"]["accuracy"] == 0.75  # the whole stands beside its parts
+    assert [each.split()[:3] for each in table(report, results).splitlines()[1:]] == [
+        ["x", "0.750", "[0.000,"],
+        ["x:", "far", "0.500"],
+        ["x:", "near", "1.000"],
+    ]
+    with pytest.raises(ReportError, match=r"predictions.jsonl:1: lacks kind, by which"):
+        build(Report(rows={"x": Row("t")}, by="kind"), tmp_path)
+
+
 def test_ranks_are_put_together(tmp_path: Path) -> None:
     write(tmp_path / "t", [line(0, 1)], "predictions.0.jsonl")
     write(tmp_path / "t", [line(1, 0)], "predictions.1.jsonl")

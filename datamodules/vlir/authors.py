@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from datamodules.module import VLIRDataModule
+from datamodules.pictures import ImageFile
 from datamodules.vlir.reader import Record, read_text, require_records
 from datamodules.vlir.schema import BadRow, DataError, Invalid, describe, expect, relative_path, required, strings, text
 from modules.functional.boxes import BoxSpace, check, clip, fit_to_grid, to_original
@@ -179,7 +180,7 @@ def _read(path: Path, root: Path | None, limit: int | None, parse: Parse) -> tup
     for number, row in enumerate(rows, start=1):
         try:
             row = expect(row, dict, "the row", "an object")
-            image = root / _under(root, text(row, "image_path"))
+            image = ImageFile(root, _under(root, text(row, "image_path")))
             sample, finish = parse(row)
         except Invalid as error:
             bad.append(BadRow(str(path), number, str(error)))

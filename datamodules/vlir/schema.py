@@ -1,13 +1,19 @@
-"""The project's own form of interleaved rationales (VLIR): one JSON object a line, one question an object.
+"""The project's own form of interleaved rationales (VLIR): one JSON object a line or parquet row, a question each.
 
     {"id": str, "image": "images/000001.png",        or "images": [...], none to many, relative to the file's folder
      "question": str, "answers": [str], "source": str,
-     "choices": [str],                               optional: the options of a multiple-choice question
-     "regions": [{"box": [x1, y1, x2, y2], "image": 0}],                            optional: annotated evidence
-     "rationale": [{"text": str, "region": {"box": [...], "image": 0}}],            optional: a written trajectory
-     "meta": {...}}                                  optional: anything
+     "choices": [str],                  optional: the options of a multiple-choice question
+     "answer_kind": "anls",             optional: how answers are compared, one of `modules.functional.graders.Kind`
+     "regions": [Region],               optional: annotated evidence
+     "rationale": [{"text": str, "region": Region}],            optional: a written trajectory
+     "meta": {...},                     optional: anything
+     "provenance": {...}}               optional: where the row is from and who wrote what
 
-Boxes are xyxy in pixels of the original image, x2 and y2 exclusive; "image" counts from 0 and may be left out.
+    Region = {"box": [x1, y1, x2, y2], "image": 0, "why": "the label is too small to read", "zoom": 2}
+
+Boxes are xyxy in pixels of the original image, x2 and y2 exclusive; "image" counts from 0 and may be left out;
+so may "why", what it is looked at for, and "zoom", by which the sides of the crop are enlarged in place of the zoom
+rule.
 """
 
 from __future__ import annotations
@@ -15,14 +21,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from modules.functional.graders import Kind
+from modules.functional.grammar import LEAST_ZOOM, MOST_ZOOM
 from modules.trajectory import Box, Region, Sample, Step
 
 T = TypeVar("T")
 
 REQUIRED = ("id", "question", "answers", "source")
-OPTIONAL = ("image", "images", "choices", "regions", "rationale", "meta")
+OPTIONAL = ("image", "images", "choices", "answer_kind", "regions", "rationale", "meta", "provenance")
+REGION = ("box", "image", "why", "zoom")
+STEP = ("text", "region")
 
 
 class DataError(Exception):
@@ -55,9 +65,11 @@ def to_row(sample: Sample, image_paths: Sequence[str]) -> dict[str, Any]:
     row |= {"question": sample.question, "answers": list(sample.answers), "source": sample.source}
     optional = {
         "choices": list(sample.choices),
+        "answer_kind": sample.answer_kind,
         "regions": [_region_row(region) for region in sample.regions],
         "rationale": [_step_row(step) for step in sample.rationale],
         "meta": sample.meta,
+        "provenance": sample.provenance,
     }
     return row | {key: value for key, value in optional.items() if value}
 
@@ -71,10 +83,7 @@ def from_row(row: object) -> tuple[Sample, tuple[str, ...]]:
         Invalid: a missing or unknown key, a value of the wrong type, a degenerate box, a region on an image
             that the row does not have, or a path that leaves the folder.
     """
-    row = expect(row, dict, "the row", "an object")
-    known = (*REQUIRED, *OPTIONAL)
-    if unknown := sorted(set(row) - set(known)):
-        raise Invalid(f"key `{unknown[0]}`: expected one of {', '.join(known)}")
+    row = _known(expect(row, dict, "the row", "an object"), "", (*REQUIRED, *OPTIONAL))
     paths = _image_paths(row)
     sample = Sample(
         id=text(row, "id"),
@@ -89,6 +98,8 @@ def from_row(row: object) -> tuple[Sample, tuple[str, ...]]:
             _step(value, f"rationale[{i}]", len(paths)) for i, value in enumerate(_optional_list(row, "rationale"))
         ),
         meta=expect(row.get("meta", {}), dict, "key `meta`", "an object"),
+        answer_kind=_kind(row),
+        provenance=expect(row.get("provenance", {}), dict, "key `provenance`", "an object"),
     )
     return sample, paths
 
@@ -128,13 +139,23 @@ def text(row: dict[str, Any], key: str) -> str:
     value = expect(required(row, key), str, f"key `{key}`", "a string")
     if not value.strip():
         raise Invalid(f"key `{key}`: expected a string that is not blank, found {value!r}")
-    return value
+    return _whole(value, f"key `{key}`")
 
 
 def strings(row: dict[str, Any], key: str) -> tuple[str, ...]:
     """A list of strings."""
     values = expect(required(row, key), list, f"key `{key}`", "a list of strings")
-    return tuple(expect(value, str, f"key `{key}[{i}]`", "a string") for i, value in enumerate(values))
+    names = (f"key `{key}[{i}]`" for i in range(len(values)))
+    return tuple(_whole(expect(v, str, name, "a string"), name) for v, name in zip(values, names, strict=True))
+
+
+def _whole(value: str, name: str) -> str:
+    """The string itself, if it can be written: JSON's escapes can name half a character, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Invalid(f"{name}: expected whole characters, found half a surrogate pair in {value[:60]!r}") from None
+    return value
 
 
 def relative_path(value: object, name: str) -> str:
@@ -152,6 +173,23 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
+def _known(row: dict[str, Any], within: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The row itself, if it has no other keys."""
+    if unknown := sorted(set(row) - set(keys)):
+        raise Invalid(f"key `{within}{unknown[0]}`: expected one of {', '.join(keys)}")
+    return row
+
+
+def _kind(row: dict[str, Any]) -> str | None:
+    if "answer_kind" not in row:
+        return None
+    if row["answer_kind"] not in get_args(Kind):
+        raise Invalid(
+            f"key `answer_kind`: expected one of {', '.join(get_args(Kind))}, found {describe(row['answer_kind'])}"
+        )
+    return str(row["answer_kind"])
+
+
 def _image_paths(row: dict[str, Any]) -> tuple[str, ...]:
     if ("image" in row) == ("images" in row):
         raise Invalid(f"key `image`: expected either `image` or `images`, found {'both' if 'image' in row else 'none'}")
@@ -166,11 +204,12 @@ def _optional_list(row: dict[str, Any], key: str) -> list[object]:
 
 
 def _region(value: object, name: str, num_images: int) -> Region:
-    row = expect(value, dict, f"key `{name}`", "an object")
+    row = _known(expect(value, dict, f"key `{name}`", "an object"), f"{name}.", REGION)
     image = row.get("image", 0)
     if isinstance(image, bool) or not isinstance(image, int) or not 0 <= image < num_images:
         raise Invalid(f"key `{name}.image`: expected one of the row's {num_images} images, found {describe(image)}")
-    return Region(_box(required(row, "box"), f"{name}.box"), image)
+    why = expect(row.get("why", ""), str, f"key `{name}.why`", "a string")
+    return Region(_box(required(row, "box"), f"{name}.box"), image, _zoom(row, f"{name}.zoom"), why)
 
 
 def _box(value: object, name: str) -> Box:
@@ -188,13 +227,24 @@ def _is_number(value: object) -> bool:
 
 
 def _step(value: object, name: str, num_images: int) -> Step:
-    row = expect(value, dict, f"key `{name}`", "an object")
-    words = expect(required(row, "text"), str, f"key `{name}.text`", "a string")
+    row = _known(expect(value, dict, f"key `{name}`", "an object"), f"{name}.", STEP)
+    words = _whole(expect(required(row, "text"), str, f"key `{name}.text`", "a string"), f"key `{name}.text`")
     return Step(words, _region(row["region"], f"{name}.region", num_images) if "region" in row else None)
 
 
+def _zoom(region: dict[str, Any], name: str) -> float | None:
+    zoom = region.get("zoom", LEAST_ZOOM)
+    if not _is_number(zoom) or not LEAST_ZOOM <= zoom <= MOST_ZOOM:
+        raise Invalid(
+            f"key `{name}`: expected a number from {LEAST_ZOOM:g} to {MOST_ZOOM:g}, found {describe(region['zoom'])}"
+        )
+    return float(zoom) if "zoom" in region else None
+
+
 def _region_row(region: Region) -> dict[str, Any]:
-    return {"box": list(region.box), "image": region.image}
+    zoom = {} if region.zoom is None else {"zoom": region.zoom}
+    why = {"why": region.why} if region.why else {}
+    return {"box": list(region.box), "image": region.image} | why | zoom
 
 
 def _step_row(step: Step) -> dict[str, Any]:

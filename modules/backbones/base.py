@@ -65,6 +65,10 @@ class Backbone(nn.Module, ABC):
         """(P,) ids of the prompt, with placeholders for ``visuals`` (the sample's images)."""
 
     @abstractmethod
+    def following_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
+        """(n,) ids behind a written answer: what closes it, and this question as `prompt_ids` would ask it next."""
+
+    @abstractmethod
     def visual_ids(self, height: int, width: int) -> Tensor:
         """(n,) ids by which a visual of this size, as scaled, is shown: placeholders and what stands around them."""
 
@@ -96,6 +100,11 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """The layer whose outputs the logits are, if they are nothing but that; see `modules.scoring`."""
+        return None
 
     def positions(self, token_ids: Tensor, visuals: Sequence[Visual], start: int) -> tuple[Tensor, int]:
         """Positions (A, n) of a chunk (n,) whose first token stands at ``start``, and where the next one stands."""
@@ -150,13 +159,17 @@ class Backbone(nn.Module, ABC):
         return Visual(pixels, int((ids == self.image_token_id).sum()), role)
 
     def features(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        """`encode`, and each visual once only while neither the vision tower nor the projector trains."""
-        if self.encoder_trains() or any(v.pixels.requires_grad for v in visuals):
+        """`encode`, and each visual once only while neither the vision tower nor the projector trains; pixels that
+        carry gradient are encoded each time."""
+        if self.encoder_trains():
             return self.encode(visuals)
         new = [v for v in dict.fromkeys(visuals) if v not in self.encoded]
-        if new:
-            self.encoded.update(zip(new, self.encode(new), strict=True))
-        return [self.encoded[v] for v in visuals]
+        live = [v for v in new if v.pixels.requires_grad]
+        fresh = dict(zip(live, self.encode(live) if live else [], strict=True))
+        still = [v for v in new if v not in fresh]
+        if still:
+            self.encoded.update(zip(still, self.encode(still), strict=True))
+        return [fresh[v] if v in fresh else self.encoded[v] for v in visuals]
 
     def encoder_trains(self) -> bool:
         """Whether the features of a visual change from step to step."""
@@ -172,7 +185,12 @@ class Backbone(nn.Module, ABC):
 
     def crop_size(self, image: Tensor, region: Region) -> tuple[int, int]:
         """(height, width) of the crop of ``region`` on an image (3, H, W)."""
-        return self.crop_scaler.output_size(region.box, (image.shape[-2], image.shape[-1]))
+        return self.crop_scaler.output_size(region.box, (image.shape[-2], image.shape[-1]), region.zoom)
+
+    @property
+    def zooms(self) -> bool:
+        """Whether how much a crop is enlarged can be chosen: not where all crops have one size."""
+        return self.crop_scaler.size is None
 
     def write(
         self, text: str, region: Region | None, sample: Sample, visuals: Sequence[Visual]
@@ -190,10 +208,13 @@ class Backbone(nn.Module, ABC):
         coords = from_original(region.box, self.box_space, (height, width), (resized[0], resized[1]))
         bins = torch.tensor(coords, dtype=torch.float32) / self.bin_size
         rounded = [round(round(k) * self.bin_size, 6) for k in bins.tolist()]  # 9 * 0.001 is 0.009000000000000001
-        ids = self.tokenize(text + format_box(rounded, region.image if len(sample.images) > 1 else None))
+        image = region.image if len(sample.images) > 1 else None
+        ids = self.tokenize(text + format_box(rounded, image, region.zoom))
         coordinates = torch.full(ids.shape, torch.nan, dtype=torch.float32)
         if self.coordinate_bins is not None:
-            coordinates[torch.isin(ids, self.coordinate_bins.cpu())] = bins
+            known = torch.isin(ids, self.coordinate_bins.cpu())
+            if int(known.sum()) == len(bins):  # else it has no words for this box, and the replay says so
+                coordinates[known] = bins
         return ids, coordinates
 
     def merge(self, embeddings: Tensor, is_visual: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -212,6 +233,13 @@ class Backbone(nn.Module, ABC):
         embeddings = self.merge(self.embed(batch.token_ids), batch.is_visual, placed)
         blocks = visual_blocks(batch.is_visual) if self.bidirectional_visuals else None
         return self(embeddings, batch.position_ids, packed_mask(batch.segment_ids, blocks))
+
+
+def see_images(backbone: Backbone, samples: Sequence[Sample]) -> list[tuple[Visual, ...]]:
+    """The images of each sample as the vision tower takes them; an image that several share is one visual."""
+    distinct = list({id(image): image for sample in samples for image in sample.images}.values())
+    visuals = dict(zip(map(id, distinct), backbone.see(distinct) if distinct else [], strict=True))
+    return [tuple(visuals[id(image)] for image in sample.images) for sample in samples]
 
 
 def visual_blocks(is_visual: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modules.environment import REFUSALS
+from modules.environment import OF_ZOOM, REFUSALS
+from modules.functional.grammar import format_number
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,19 @@ class FragmentVocabulary:
         coordinates: number of coordinate values, 0, step, 2 * step, …; 0 for none. A coordinate and
             the punctuation behind it are one token: ``"48, "`` inside a box, ``"48]}"`` at its end.
         step: distance of two coordinate values, in the units of the backbone's box space.
+        zooms: factors by which a crop can be asked to be enlarged: ``"48], "`` and ``'"zoom": 2}'`` are tokens then.
     """
 
     fragments: list[str] = field(default_factory=list)
     coordinates: int = 0
     step: int = 1
+    zooms: list[float] = field(default_factory=list)
 
     def coordinate_tokens(self) -> list[list[str]]:
-        """The two families of coordinate tokens, each in the order of their values."""
+        """The two families of coordinate tokens, three with `zooms`, each in the order of their values."""
         values = [str(k * self.step) for k in range(self.coordinates)]
-        return [[f"{v}, " for v in values], [f"{v}]}}" for v in values]] if values else []
+        ends = [", ", "]}", "], "] if self.zooms else [", ", "]}"]
+        return [[f"{v}{end}" for v in values] for end in ends] if values else []
 
 
 def fragment_tokenizer(vocabulary: FragmentVocabulary) -> PreTrainedTokenizerFast:
@@ -39,7 +43,10 @@ def fragment_tokenizer(vocabulary: FragmentVocabulary) -> PreTrainedTokenizerFas
         ValueError: if a fragment is empty or given twice.
     """
     words = [*vocabulary.fragments, *(t for family in vocabulary.coordinate_tokens() for t in family)]
-    words += [text for text in dict.fromkeys(REFUSALS.values()) if text not in words]
+    words += [f'"zoom": {format_number(zoom)}}}' for zoom in vocabulary.zooms]
+    zooms = any('"zoom"' in word for word in words)
+    said = [text for fault, text in REFUSALS.items() if zooms or fault not in OF_ZOOM]
+    words += [text for text in dict.fromkeys(said) if text not in words]
     repeated = sorted({w for w in words if words.count(w) > 1} | ({""} & set(words)))
     if repeated:
         raise ValueError(f"Expected `fragments` to be distinct and not empty, but got {repeated}.")

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from modules.backbones.base import Backbone, Part
 from modules.backbones.cache import RaggedCache
-from modules.backbones.masks import cap_logits, check_language_model, layer_masks, recompute_activations
+from modules.backbones.masks import cap_logits, check_language_model, layer_masks, plain_head, recompute_activations
 from modules.backbones.scaling import ScalerConfig
 from modules.functional.boxes import BoxSpace, SpaceKind
+from modules.functional.grammar import LEAST_ZOOM, MOST_ZOOM
 from modules.trajectory import Sample, Visual
 
 INSTRUCTION = (
@@ -25,7 +26,12 @@ INSTRUCTION = (
     '{"bbox_2d": [x1, y1, x2, y2]} and you are shown that part, enlarged. '
     "Put your reasoning between <think> and </think>, and then your answer between <answer> and </answer>."
 )
+ZOOM_INSTRUCTION = (
+    f" You may say how many times its sides are enlarged, from {LEAST_ZOOM:g} to {MOST_ZOOM:g}: "
+    '{"bbox_2d": [x1, y1, x2, y2], "zoom": 2}.'
+)
 QUESTION = "\u2063question\u2063"  # stands for the question while the chat template is rendered
+SOLUTION = "\u2063solution\u2063"  # likewise, for what the assistant wrote before
 OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # of what a processor returns
 SIZES = 4096  # image sizes of which it is remembered how they are shown
 # The spaces in which the families were trained to write boxes; others have learned none.
@@ -63,6 +69,7 @@ class HFVLMBackbone(Backbone):
         crop: limits of crops.
         box_space: the space in which boxes are written; None: what the family was trained on, or ``thousand``.
         instruction: text behind every question.
+        offer_zoom: say behind it that the policy may choose by how much a crop is enlarged; it may either way.
         context_length: longest sequence; None: what the model's config says.
 
     Raises:
@@ -81,6 +88,7 @@ class HFVLMBackbone(Backbone):
         crop: ScalerConfig = ScalerConfig(),
         box_space: SpaceKind | None = None,
         instruction: str = INSTRUCTION,
+        offer_zoom: bool = False,
         context_length: int | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +96,10 @@ class HFVLMBackbone(Backbone):
         self.image_scaler, self.crop_scaler = image.build(self.grid or 1), crop.build(self.grid or 1)
         self.box_space = BoxSpace(box_space or BOX_SPACES.get(self.model.config.model_type, "thousand"))
         self.bin_size = 0.001 if self.box_space.kind == "unit" else 1.0
-        self.instruction = instruction
+        if offer_zoom and not self.zooms:
+            what = f"{self.crop_scaler.size} for all" if self.grid else f"the scaling of {self.model.config.model_type}"
+            raise ValueError(f"Expected crops to have sizes of their own with `offer_zoom`, but got {what}.")
+        self.instruction = instruction + (ZOOM_INSTRUCTION if offer_zoom else "")
         self.context_length = context_length or self.text_config.max_position_embeddings
         self._expansions: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
@@ -137,6 +148,11 @@ class HFVLMBackbone(Backbone):
         """The language model without its output layer; not an attribute, which would list its weights twice."""
         return self.model.get_decoder()
 
+    @property
+    def zooms(self) -> bool:
+        """See `Backbone.zooms`; other image processors scale a crop again, whatever size it was given."""
+        return self.grid is not None and super().zooms
+
     def part(self, parameter: str) -> Part:
         """See `Backbone.part`."""
         if parameter.startswith(self._language):
@@ -149,8 +165,17 @@ class HFVLMBackbone(Backbone):
         What looks like a special token in the question is text: it is tokenized with the plain text of the template
         around it, between the special tokens on either side.
         """
-        content = [{"type": "image"}] * len(visuals) + [{"type": "text", "text": QUESTION}]
-        before, after = render(self.processor, content).split(QUESTION)
+        return self._asked(sample, visuals, render(self.processor, [("user", question_of(len(visuals)))]))
+
+    def following_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
+        """See `Backbone.following_ids`: the chat template behind an assistant's message."""
+        before = [("user", [{"type": "text", "text": "?"}]), ("assistant", [{"type": "text", "text": SOLUTION}])]
+        text = render(self.processor, [*before, ("user", question_of(len(visuals)))])
+        return self._asked(sample, visuals, text.split(SOLUTION)[1])
+
+    def _asked(self, sample: Sample, visuals: Sequence[Visual], template: str) -> Tensor:
+        """(n,) ids of a rendered template, with these images and this question."""
+        before, after = template.split(QUESTION)
         texts = before.split(self.marker)
         if len(texts) != len(visuals) + 1:
             raise ValueError(f"Expected the chat template to show {len(visuals)} images, but it gives {before!r}.")
@@ -266,6 +291,11 @@ class HFVLMBackbone(Backbone):
         """The language model's output layer."""
         return cap_logits(self.model.get_output_embeddings()(hidden), self.text_config)
 
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """See `Backbone.linear_head`."""
+        return plain_head(self.model, self.text_config)
+
     @torch.no_grad()
     def native_logits(self, token_ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
         """(L, V) logits of a whole sequence (L,) by Hugging Face's own forward: what every other pass must equal."""
@@ -307,9 +337,14 @@ def image_token_id(config: Any, name: str) -> int:
     raise ValueError(f"Expected the config of {name!r} to have an `image_token_id`, but {config.model_type} has none.")
 
 
-def render(processor: Any, content: Sequence[dict[str, str]]) -> str:
-    """The chat template around one user message, up to where the assistant begins."""
-    messages = [{"role": "user", "content": list(content)}]
+def question_of(images: int) -> list[dict[str, str]]:
+    """The content of a user message: images, then the question."""
+    return [{"type": "image"}] * images + [{"type": "text", "text": QUESTION}]
+
+
+def render(processor: Any, turns: Sequence[tuple[str, list[dict[str, str]]]]) -> str:
+    """The chat template around messages by role, up to where the assistant begins."""
+    messages = [{"role": role, "content": content} for role, content in turns]
     return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
@@ -317,10 +352,9 @@ def image_marker(processor: Any, name: str) -> str:
     """What the chat template writes for one image, such as ``<|vision_start|><|image_pad|><|vision_end|>``."""
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"Expected the processor of {name!r} to have a chat template, but it has none.")
-    image, question = {"type": "image"}, {"type": "text", "text": QUESTION}
     # what a second image adds: some templates write more around the first, or between images and text
-    one = render(processor, [image, question]).split(QUESTION)[0]
-    two = render(processor, [image, image, question]).split(QUESTION)[0]
+    one = render(processor, [("user", question_of(1))]).split(QUESTION)[0]
+    two = render(processor, [("user", question_of(2))]).split(QUESTION)[0]
     start = next((k for k, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
     marker = two[start : start + len(two) - len(one)]
     if not marker or one.count(marker) != 1:

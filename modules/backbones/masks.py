@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -79,6 +79,18 @@ def cap_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
         logits = logits / divisor
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def plain_head(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Linear | None:
+    """The output layer of a model, where it is a linear layer without adapters and nothing is done with its logits.
+
+    Args:
+        model: the whole model.
+        config: of its language model.
+    """
+    layer = model.get_output_embeddings()
+    one = torch.ones(1)
+    return layer if type(layer) is nn.Linear and cap_logits(one, config) is one else None
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

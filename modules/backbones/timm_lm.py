@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from modules.backbones.base import Backbone, Part
 from modules.backbones.cache import RaggedCache
 from modules.backbones.fragments import FragmentVocabulary, fragment_tokenizer
-from modules.backbones.masks import cap_logits, check_language_model, layer_masks, recompute_activations
+from modules.backbones.masks import cap_logits, check_language_model, layer_masks, plain_head, recompute_activations
 from modules.backbones.projectors import ProjectorConfig, pixel_shuffle
 from modules.backbones.scaling import ScalerConfig
 from modules.functional.boxes import BoxSpace
@@ -240,6 +240,10 @@ class TimmLMBackbone(Backbone):
             logger.warning("The policy reads <unk> for the words of its prompt that the tokenizer lacks: %r", text)
         return torch.cat([torch.tensor(self.opening, dtype=torch.long), *images, ids])
 
+    def following_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
+        """The prompt without what the tokenizer begins with; an answer closes itself."""
+        return self.prompt_ids(sample, visuals)[len(self.opening) :]
+
     def visual_ids(self, height: int, width: int) -> Tensor:
         """One placeholder a cell."""
         return torch.full(((height // self.cell) * (width // self.cell),), self.image_token_id)
@@ -297,6 +301,11 @@ class TimmLMBackbone(Backbone):
     def head(self, hidden: Tensor) -> Tensor:
         """The language model's output layer."""
         return cap_logits(self.language.get_output_embeddings()(hidden), self.text_config)
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """See `Backbone.linear_head`."""
+        return plain_head(self.language, self.text_config)
 
     @torch.no_grad()
     def native_logits(self, token_ids: Tensor, visuals: Sequence[Visual]) -> Tensor:

@@ -3,7 +3,8 @@
 Conventions:
 
 - A box is ``{"bbox_2d": [x1, y1, x2, y2]}``, in whatever space the backbone speaks. Further keys may
-  follow or precede; ``"image": k`` names an image, counted from 0; all others are ignored.
+  follow or precede: ``"image": k`` names an image, counted from 0; ``"zoom": z`` says by how much each
+  side of the crop is enlarged, in place of the zoom rule; all others are ignored.
 - The INNERMOST object around a ``bbox_2d`` counts, for it is the first one to close. So Qwen's list
   style, a fenced ``[{"bbox_2d": [...], "label": "..."}, ...]``, ends its turn at the first
   object: the crop follows it, before list and fence are closed.
@@ -27,6 +28,8 @@ from typing import Any
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
 
+LEAST_ZOOM, MOST_ZOOM = 0.25, 8.0  # below 1 a crop is shrunk: a cheap look at something large
+
 # One token may close a box and go on: Qwen has "]}</", "}}" and "},{". So many characters, none of
 # them a letter or digit, may stand behind what ends a turn.
 _TAIL = 8
@@ -45,6 +48,7 @@ class RequestFault(StrEnum):
     ARITY = "arity"  # not a list of exactly four
     NUMBER = "number"  # one of the four is no finite number
     IMAGE = "image"  # "image" is no whole number from 0 on
+    ZOOM = "zoom"  # "zoom" is no number from LEAST_ZOOM to MOST_ZOOM
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class BoxRequest:
 
     coords: tuple[float, float, float, float]  # as written; order and bounds are not checked
     image: int = 0
+    zoom: float | None = None  # None: not said
 
 
 @dataclass(frozen=True)
@@ -182,24 +187,37 @@ def _request(content: dict[str, Any]) -> BoxRequest | BadRequest:
     image = content.get("image", 0)
     if type(image) is not int or image < 0:
         return BadRequest(RequestFault.IMAGE)
+    zoom = content.get("zoom", 1)
+    if type(zoom) not in (int, float) or not LEAST_ZOOM <= zoom <= MOST_ZOOM:
+        return BadRequest(RequestFault.ZOOM)
     x1, y1, x2, y2 = map(float, coords)
-    return BoxRequest((x1, y1, x2, y2), image)
+    return BoxRequest((x1, y1, x2, y2), image, float(zoom) if "zoom" in content else None)
 
 
-def format_box(coords: Sequence[float], image: int | None = None) -> str:
+def format_box(coords: Sequence[float], image: int | None = None, zoom: float | None = None) -> str:
     """A box as the policy writes it; `parse_turn` gives back the same coordinates.
 
     Args:
         coords: (x1, y1, x2, y2) in the backbone's space; whole numbers are written without decimals.
         image: which image, counted from 0; None leaves it out, which means the first.
+        zoom: by how much each side is enlarged; None leaves it out, which means the zoom rule.
 
     Raises:
-        ValueError: not four finite coordinates.
+        ValueError: not four finite coordinates, or a zoom that `parse_turn` would not take.
     """
     if len(coords) != 4 or not all(math.isfinite(c) for c in coords):
         raise ValueError(f"Expected `coords` to be four finite numbers, but got {list(coords)}.")
-    numbers = ", ".join(str(int(c)) if float(c).is_integer() else repr(float(c)) for c in coords)
-    return f'{{"bbox_2d": [{numbers}]}}' if image is None else f'{{"bbox_2d": [{numbers}], "image": {image}}}'
+    if zoom is not None and not LEAST_ZOOM <= zoom <= MOST_ZOOM:
+        raise ValueError(f"Expected `zoom` to be from {LEAST_ZOOM:g} to {MOST_ZOOM:g}, but got {zoom}.")
+    inside = f'"bbox_2d": [{", ".join(map(format_number, coords))}]'
+    inside += "" if image is None else f', "image": {image}'
+    inside += "" if zoom is None else f', "zoom": {format_number(zoom)}'
+    return f"{{{inside}}}"
+
+
+def format_number(value: float) -> str:
+    """A finite number as it stands in a box: without decimals where it is whole."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 def _spans(text: str) -> list[tuple[int, int]]:

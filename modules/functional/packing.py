@@ -128,7 +128,7 @@ def _rows(trajectories: Sequence[Trajectory], row_tokens: int) -> list[list[int]
 
 
 def _prompt_key(trajectory: Trajectory) -> tuple[object, ...]:
-    shown = trajectory.visuals[: len(trajectory.sample.images)]
+    shown = trajectory.visuals[: trajectory.sample.prompt_visuals]
     return tuple(id(v) for v in shown) if shown else ("text", *trajectory.prompt_ids.tolist())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 from modules.functional.graders import Kind, grade, kind_of
 from modules.policy import PolicyModule
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 class Accuracy(Reward):
     """How right the last answer is, 0 to 1; NaN where no right answer is known.
+
+    How it is compared is said by the first of these that says it: ``by_source`` for the sample's data set, the
+    sample's own ``answer_kind``, ``kind``.
 
     Args:
         kind: how answers are compared; ``auto`` decides by the sample, see `modules.functional.graders.kind_of`.
@@ -59,9 +62,9 @@ class Accuracy(Reward):
 
     def kind_of(self, sample: Sample) -> Kind:
         """How the answers of a sample are compared."""
-        chosen = self.by_source.get(sample.source.lower())
+        chosen = self.by_source.get(sample.source.lower()) or sample.answer_kind
         if chosen is not None:
-            return chosen
+            return cast(Kind, chosen)
         return kind_of(sample.source, sample.answers, sample.choices) if self.kind == "auto" else self.kind
 
     def __call__(self, trajectory: Trajectory) -> float:

@@ -81,18 +81,27 @@ def score(rewards: Mapping[str, Reward], trajectories: Sequence[Trajectory]) -> 
             where a component that counts could not be judged.
     """
     components = {
-        name: torch.tensor(_values(name, reward, trajectories), dtype=torch.float32) for name, reward in rewards.items()
+        name: torch.tensor(judged(name, reward, trajectories), dtype=torch.float32) for name, reward in rewards.items()
     }
-    totals = torch.zeros(len(trajectories))
+    return components, summed(rewards, components, len(trajectories))
+
+
+def summed(rewards: Mapping[str, Reward], components: Mapping[str, Tensor], count: int) -> Tensor:
+    """(N,) the totals of the components of ``count`` trajectories; see `score`."""
+    totals = torch.zeros(count)
     for name, reward in rewards.items():
-        if reward.weight == 0:  # watched only: 0 * NaN would be NaN
-            continue
-        paid = reward.weight * components[name]
-        if reward.requires is not None:
-            gate = components[reward.requires]
-            paid = torch.where(gate.isnan(), math.nan, torch.where(gate > 0, paid, 0.0))
-        totals = totals + paid
-    return components, totals
+        if reward.weight != 0:  # watched only: 0 * NaN would be NaN
+            totals = totals + paid(reward, components[name], components)
+    return totals
+
+
+def paid(reward: Reward, values: Tensor, components: Mapping[str, Tensor]) -> Tensor:
+    """What a reward pays for values (N, ...): weighted, 0 where its gate is closed, NaN where the gate is."""
+    pays = reward.weight * values
+    if reward.requires is None:
+        return pays
+    gate = components[reward.requires].view(-1, *[1] * (values.dim() - 1))
+    return torch.where(gate.isnan(), math.nan, torch.where(gate > 0, pays, 0.0))
 
 
 def check_failures(
@@ -118,16 +127,16 @@ def check_failures(
         )
 
 
-def _values(name: str, reward: Reward, trajectories: Sequence[Trajectory]) -> list[float]:
+def judged(name: str, reward: Reward, trajectories: Sequence[Trajectory]) -> list[float]:
     """What one component says of each trajectory; NaN where it fails."""
     if type(reward).batch is Reward.batch:  # one by one, so that one failure is one trajectory's
-        return [_guarded(name, lambda t=t: _number(reward(t)), math.nan) for t in trajectories]  # type: ignore[misc]
+        return [guarded(name, lambda t=t: number(reward(t)), math.nan) for t in trajectories]  # type: ignore[misc]
     failed = [math.nan] * len(trajectories)
-    values = _guarded(name, lambda: _as_many(reward.batch(trajectories), len(trajectories)), failed)
-    return [_guarded(name, lambda v=v: _number(v), math.nan) for v in values]  # type: ignore[misc]
+    values = guarded(name, lambda: as_many(reward.batch(trajectories), len(trajectories)), failed)
+    return [guarded(name, lambda v=v: number(v), math.nan) for v in values]  # type: ignore[misc]
 
 
-def _guarded(name: str, compute: Callable[[], T], failed: T) -> T:
+def guarded(name: str, compute: Callable[[], T], failed: T) -> T:
     """What is computed, or ``failed`` if that raises."""
     try:
         return compute()
@@ -136,7 +145,7 @@ def _guarded(name: str, compute: Callable[[], T], failed: T) -> T:
         return failed
 
 
-def _number(value: object) -> float:
+def number(value: object) -> float:
     """The value as a float; NaN passes, for it is how a reward says that it does not know."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
@@ -148,10 +157,10 @@ def _number(value: object) -> float:
     return found
 
 
-def _as_many(values: object, count: int) -> list[Any]:
-    """A batch's values, as many as there are trajectories."""
+def as_many(values: object, count: int, of: str = "batch") -> list[Any]:
+    """What the method ``of`` returned, as many as it has to be."""
     if not isinstance(values, Sequence | Tensor) or isinstance(values, str) or len(values) != count:
-        raise ValueError(f"Expected `batch` to return a list of {count} numbers, but got {_described(values)}")
+        raise ValueError(f"Expected `{of}` to return a list of {count} numbers, but got {_described(values)}")
     return list(values)
 
 

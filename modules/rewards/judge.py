@@ -7,12 +7,11 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from modules.chat import ChatClient, ChatError, read_template
 from modules.policy import PolicyError, PolicyModule
 from modules.rewards.base import Reward
-from modules.rewards.chat import ChatClient, ChatError
 from modules.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class Judge(Reward):
         requires: str | None = None,
     ) -> None:
         super().__init__(weight, requires)
-        self.template = read_template(PROMPT if prompt is None else Path(prompt))
+        self.template = read_template(PROMPT if prompt is None else Path(prompt), FIELDS)
         self.fail_fast = fail_fast
         self.client = ChatClient(
             model=model,
@@ -126,26 +125,6 @@ def _without_asking(trajectory: Trajectory, needs: set[str]) -> float | None:
     if "answers" in needs and not trajectory.sample.answers:
         return math.nan
     return 0.0 if "answer" in needs and not trajectory.answer else None
-
-
-def read_template(path: Path) -> Template:
-    """A prompt's file.
-
-    Raises:
-        ValueError: if there is no such file, or a placeholder that nothing fills.
-    """
-    if not path.is_file():
-        raise ValueError(f"Expected `prompt` to be a text file, but there is no file {str(path)!r}.")
-    template = Template(path.read_text(encoding="utf-8"))
-    if not template.is_valid():
-        raise ValueError(f"Expected dollar signs in {str(path)!r} to begin placeholders or to be doubled ($$).")
-    unknown = sorted(set(template.get_identifiers()) - set(FIELDS))
-    if unknown or not template.get_identifiers():
-        raise ValueError(
-            f"Expected {str(path)!r} to hold placeholders out of {', '.join(f'${f}' for f in FIELDS)}, "
-            f"but got {', '.join(f'${u}' for u in unknown) or 'none'}."
-        )
-    return template
 
 
 def verdict(reply: str) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from modules.functional.boxes import iou
 from modules.rewards.base import Reward
+from modules.rewards.turns import TurnReward
 from modules.trajectory import Region, Sample, Trajectory
 
 
@@ -27,8 +28,8 @@ def best_iou(region: Region, others: Sequence[Region]) -> float:
     return float(iou(boxes, torch.tensor(same, dtype=torch.float64)).max())
 
 
-class RegionValidity(Reward):
-    """1 if the policy looked somewhere valid.
+class RegionValidity(TurnReward):
+    """1 if the policy looked somewhere valid; of a turn, 1 if its box is valid, 0 if it is not or was refused.
 
     The environment refuses boxes of the wrong arity, order or bounds. What more a valid box has to be is said here;
     by default nothing, as in the presets.
@@ -67,10 +68,20 @@ class RegionValidity(Reward):
 
     def __call__(self, trajectory: Trajectory) -> float:
         """See `Reward`."""
-        refused = any(turn.fault is not None for turn in trajectory.turns)
-        shown = looks(trajectory)
-        valid = [self._valid(region, shown[:k], trajectory.sample) for k, region in enumerate(shown)]
-        return float(any(valid) if self.rule == "any_valid" else bool(valid) and all(valid) and not refused)
+        valid = [value for value in self.turns(trajectory) if not math.isnan(value)]
+        return float(any(valid) if self.rule == "any_valid" else bool(valid) and all(valid))
+
+    def turns(self, trajectory: Trajectory) -> list[float]:
+        """See `TurnReward`."""
+        values: list[float] = []
+        earlier: list[Region] = []
+        for turn in trajectory.turns:
+            if turn.crop is not None and turn.region is not None:
+                values.append(float(self._valid(turn.region, earlier, trajectory.sample)))
+                earlier.append(turn.region)
+            else:  # the environment refused it, or was not asked, or ended there
+                values.append(math.nan if turn.fault is None else 0.0)
+        return values
 
     def _valid(self, region: Region, earlier: Sequence[Region], sample: Sample) -> bool:
         x1, y1, x2, y2 = region.box
@@ -81,10 +92,11 @@ class RegionValidity(Reward):
         return large_enough and share <= self.max_area + 1e-9 and best_iou(region, earlier) <= self.max_overlap + 1e-9
 
 
-class IoU(Reward):
+class IoU(TurnReward):
     """How well the regions that the policy looked at match the annotated ones; NaN where none is annotated.
 
-    Each look counts with the annotated region that it matches best; without a look it is 0.
+    Each look counts with the annotated region that it matches best, and is the value of its turn; without a look it
+    is 0.
 
     Args:
         of: ``best``: the best look; ``mean``: the mean over the looks; ``last``: the last one.
@@ -100,13 +112,20 @@ class IoU(Reward):
 
     def __call__(self, trajectory: Trajectory) -> float:
         """See `Reward`."""
-        annotated = trajectory.sample.regions
-        if not annotated:
+        if not trajectory.sample.regions:
             return math.nan
-        values = [best_iou(region, annotated) for region in looks(trajectory)]
+        values = [value for value in self.turns(trajectory) if not math.isnan(value)]
         if not values:
             return 0.0
         return {"best": max(values), "mean": sum(values) / len(values), "last": values[-1]}[self.of]
+
+    def turns(self, trajectory: Trajectory) -> list[float]:
+        """See `TurnReward`."""
+        annotated = trajectory.sample.regions
+        return [
+            best_iou(turn.region, annotated) if annotated and turn.crop is not None and turn.region else math.nan
+            for turn in trajectory.turns
+        ]
 
 
 class CropCost(Reward):

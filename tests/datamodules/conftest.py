@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, Features
 from PIL import Image
+from torch.utils.data import Dataset as Dataset_
 
 
 @pytest.fixture
@@ -29,3 +31,43 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Callable[..., Path]:
+    """Write an image of one colour below `tmp_path`; returns its path."""
+
+    def write(name: str, size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = (10, 20, 30)) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, colour).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_hub(tmp_path: Path) -> Callable[..., Path]:
+    """Write a parquet file as the hub has it: rows, and the Hugging Face type of each column."""
+
+    def write(rows: list[dict[str, Any]], types: dict[str, Any], name: str = "data.parquet") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows, features=Features(types)).to_parquet(path)
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for a network."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+class Numbers(Dataset_[list[int]]):
+    """Hands back the indices of a batch."""
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return indices

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules import AuthorsDataModule, DataError
+from datamodules.pictures import ImageFile
 from datamodules.vlir.authors import read_rgrpo, read_sft, split_segment
 from modules.functional.grammar import BoxRequest, format_box, parse_turn
 from modules.trajectory import Sample
@@ -242,7 +243,7 @@ def test_byte_order_mark_and_several_files(write_list: Callable[..., Path], tmp_
 
 def test_absolute_paths_under_the_root(write_list: Callable[..., Path], tmp_path: Path) -> None:
     path = write_list([_rgrpo(image_path=str(tmp_path / "images/a.png"))])
-    assert read_rgrpo(path, root=tmp_path)[0][0].image_paths == (tmp_path / "images/a.png",)
+    assert read_rgrpo(path, root=tmp_path)[0][0].images == (ImageFile(tmp_path, "images/a.png"),)
     with pytest.raises(DataError, match="inside the data folder"):
         read_rgrpo(path, root=tmp_path / "elsewhere")
 

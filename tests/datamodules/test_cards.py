@@ -26,6 +26,7 @@ from datamodules.cards import (
 )
 from datamodules.images import load_image
 from modules.functional.grammar import last_answer, well_formed
+from modules.trajectory import Region
 
 N = 40
 
@@ -142,6 +143,40 @@ def test_questions_and_rationales() -> None:
         assert zoomed.regions == ()
 
 
+def test_half_of_the_questions_may_ask_for_a_place() -> None:
+    split = CardSplit(N, 0, rationale="box", loose_size=0.3, regions=True, places=True, glances=0.4)
+    looked: Counter[bool] = Counter()
+    for index in range(N):
+        image = draw_image(0, "train", index)
+        samples = questions(image, split, index)
+        assert Counter(sample.source for sample in samples) == {"cards": 2, "card_places": 2}
+        for card, sample in zip(image.cards, samples, strict=True):
+            written = "".join(step.text for step in sample.rationale)
+            zooms = sample.rationale[0].region is not None
+            (answer,) = sample.answers
+            assert last_answer(written) == answer
+            if sample.source == "cards":
+                assert (sample.question, answer) == (f"Which digit is on the {card.colour} card?", str(card.digit))
+                assert zooms
+                assert sample.regions == (Region(card.box),)
+            else:
+                assert sample.question == f"Where is the {card.colour} card?"
+                x, y = (card.box[0] + card.box[2]) / 2, (card.box[1] + card.box[3]) / 2
+                assert answer == ("top" if y < 96 else "bottom") + (" left" if x < 96 else " right")
+                assert sample.regions == ()
+                looked[zooms] += 1
+    assert looked[False] == pytest.approx(0.4 * 2 * N, abs=3 * (0.24 * 2 * N) ** 0.5)
+
+
+def test_a_place_is_asked_for_alike_whatever_the_rationale() -> None:
+    image = draw_image(0, "train", 3)
+    with_box, plain = (
+        [(s.question, s.answers) for s in questions(image, split, 3)]
+        for split in (CardSplit(9, 0, rationale="box", places=True, glances=0.4), CardSplit(9, 0, places=True))
+    )
+    assert with_box == plain
+
+
 def test_loose_boxes_stay_within_their_limits() -> None:
     box = (60.0, 70.0, 96.0, 106.0)
     random = np.random.default_rng(0)
@@ -185,6 +220,8 @@ def test_loosening_changes_neither_pictures_nor_answers() -> None:
         ({"images": 1, "seed": 0, "rationale": "box", "loose_size": -1.0}, "loose_size"),
         ({"images": 1, "seed": 0, "rationale": "box", "loose_shift": 0.6}, "loose_shift"),
         ({"images": 1, "seed": 0, "rationale": "glance", "loose_size": 0.5}, "rationale 'box' only"),
+        ({"images": 1, "seed": 0, "rationale": "box", "places": True, "glances": 1.5}, "glances"),
+        ({"images": 1, "seed": 0, "rationale": "box", "glances": 0.5}, "glances.*places=False"),
     ],
 )
 def test_impossible_splits_are_refused(settings: dict[str, object], named: str) -> None:

@@ -7,12 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 
 import datamodules
+from datamodules import sources
 from datamodules.images import MAX_PIXELS
 from datamodules.vlir.authors import SFT_MAX_PIXELS, SFT_MIN_PIXELS
+from datamodules.vlir.reader import read_records
 from datamodules.vlir.schema import OPTIONAL, REQUIRED, to_row
 
 DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -38,15 +43,34 @@ def test_the_example_row_is_read_and_written(tmp_path: Path) -> None:
     assert to_row(sample, [row["image"]]) == row
 
 
+def test_the_python_example_writes_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "a.png")
+    row = {"id": "1", "image": "a.png", "question": "What?", "answers": ["a"], "source": "s"}
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("python")
+    exec(block, {})
+    (record,), _ = read_records(Path("data/train.parquet"))
+    assert record.images[0].load().shape == (3, 8, 8)
+
+
+def test_every_source_for_training_is_in_the_table() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", DOCS, flags=re.MULTILINE))
+    trains = {name for name in sources.__all__ if getattr(getattr(sources, name), "trains", False)} - {"Source"}
+    assert trains <= listed
+
+
 def test_every_key_is_explained() -> None:
     table = set(re.findall(r"`(\w+)`", " ".join(line for line in DOCS.splitlines() if line.startswith("| `"))))
     assert {*REQUIRED, *OPTIONAL} <= table
 
 
 def test_the_yaml_examples_are_accepted() -> None:
-    examples = [yaml.safe_load(block)["data"] for block in blocks("yaml")]
-    made = [getattr(datamodules, data["class_path"])(**data["init_args"]) for data in examples]
-    assert [type(each).__name__ for each in made] == ["VLIRDataModule", "AuthorsDataModule"]
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    made: list[Any] = [parser.instantiate(parser.parse_object(yaml.safe_load(block))).data for block in blocks("yaml")]
+    assert [type(each).__name__ for each in made] == ["VLIRDataModule", "AuthorsDataModule", "SourcesDataModule"]
     assert made[1].files["train"] == [Path("vlir/part1.json"), Path("vlir/part2.json")]
 
 

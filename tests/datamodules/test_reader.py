@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from datamodules.pictures import ImageFile
 from datamodules.vlir.reader import read_records
 from datamodules.vlir.schema import DataError
 
@@ -32,8 +33,8 @@ def test_bad_rows_are_named_and_the_others_read(write_rows: Callable[..., Path])
 
 def test_image_paths_start_at_the_file_or_the_root(write_rows: Callable[..., Path], tmp_path: Path) -> None:
     path = write_rows([_row(1, image="images/a.png")])
-    assert read_records(path)[0][0].image_paths == (tmp_path / "images/a.png",)
-    assert read_records(path, root=Path("elsewhere"))[0][0].image_paths == (Path("elsewhere/images/a.png"),)
+    assert read_records(path)[0][0].images == (ImageFile(tmp_path, "images/a.png"),)
+    assert read_records(path, root=Path("elsewhere"))[0][0].images == (ImageFile(Path("elsewhere"), "images/a.png"),)
 
 
 def test_byte_order_mark_line_ends_and_separators(tmp_path: Path) -> None:
@@ -69,4 +70,4 @@ def test_unusable_files_end_in_one_sentence(write_rows: Callable[..., Path], tmp
     assert "no usable row among 2 (row 1: not JSON" in refuse(write_rows(["<html>", "404"]))
     assert "no usable row among 1 (row 1: key `answers`" in refuse(write_rows([_row(1, answers=None)]))
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
-    assert "expected UTF-8 text, found byte 0xe9" in refuse(tmp_path / "latin.jsonl")
+    assert "row 1: not UTF-8 (byte 0xe9 at position 8)" in refuse(tmp_path / "latin.jsonl")

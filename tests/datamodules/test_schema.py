@@ -30,7 +30,11 @@ def test_round_trip_through_json() -> None:
         source="cards",
         choices=("6", "7"),
         regions=(Region((1.0, 2.0, 3.5, 4.0), image=1),),
-        rationale=(Step("look ", Region((0.0, 0.0, 5.0, 5.0))), Step("done")),
+        rationale=(
+            Step("look ", Region((0.0, 0.0, 5.0, 5.0))),
+            Step("closer ", Region((0.0, 0.0, 5.0, 5.0), 1, zoom=2.5)),
+            Step("done"),
+        ),
         meta={"image_id": "000001"},
     )
     read, paths = from_row(json.loads(json.dumps(to_row(sample, ["a.png", "b/c.png"]))))
@@ -88,6 +92,15 @@ def test_missing_field_is_named(key: str) -> None:
         ({"rationale": "text"}, "key `rationale`: expected a list"),
         ({"rationale": [{"text": 1}]}, r"key `rationale\[0\].text`: expected a string, found int 1"),
         ({"rationale": [{"text": "a", "region": {"box": [0, 0, 1, 1], "image": 2}}]}, r"rationale\[0\].region.image"),
+        (
+            {"rationale": [{"text": "a", "region": {"box": [0, 0, 1, 1], "zoom": 0.1}}]},
+            r"key `rationale\[0\].region.zoom`: expected a number from 0.25 to 8, found float 0.1",
+        ),
+        (
+            {"rationale": [{"text": "a", "region": {"box": [0, 0, 1, 1], "zoom": "2"}}]},
+            r"region.zoom`: .* found str '2'",
+        ),
+        ({"rationale": [{"text": "a", "region": {"box": [0, 0, 1, 1], "zoom": None}}]}, r"region.zoom`: .* NoneType"),
     ],
 )
 def test_bad_rows_say_key_expected_and_found(change: dict[str, Any], why: str) -> None:

@@ -37,6 +37,9 @@ COORDS = (1.0, 2.0, 30.0, 40.0)
         ('{"bbox_2d": [-0.5, 0, 0.25, 1]}', BoxRequest((-0.5, 0.0, 0.25, 1.0))),
         ('{"bbox_2d": [9, 9, 1, 1]}', BoxRequest((9.0, 9.0, 1.0, 1.0))),  # order is not grammar's business
         ('{"label": "a sign", "bbox_2d": [1, 2, 30, 40], "image": 2}', BoxRequest(COORDS, 2)),
+        ('{"bbox_2d": [1, 2, 30, 40], "zoom": 2}', BoxRequest(COORDS, zoom=2.0)),
+        ('{"zoom": 0.25, "bbox_2d": [1, 2, 30, 40], "image": 2}', BoxRequest(COORDS, 2, 0.25)),
+        ('{"bbox_2d": [1, 2, 30, 40], "zoom": 8e0}', BoxRequest(COORDS, zoom=8.0)),
         # Braces and quotes in strings, and in the prose before.
         ('{"bbox_2d": [1, 2, 30, 40], "label": "a } b { c }}"}', BoxRequest(COORDS)),
         ('{"bbox_2d": [1, 2, 30, 40], "label": "say \\"}\\" \\\\"}', BoxRequest(COORDS)),
@@ -90,6 +93,16 @@ def test_turn_ends(text, expected):
         ('"bbox_2d": [1, 2, 3, 4], "image": 1.0', RequestFault.IMAGE),
         ('"bbox_2d": [1, 2, 3, 4], "image": true', RequestFault.IMAGE),
         ('"bbox_2d": [1, 2, 3, 4], "image": "1"', RequestFault.IMAGE),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": "2"', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": true', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": null', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": [2, 2]', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": NaN', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": 1e999', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": 0', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": -2', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": 0.249', RequestFault.ZOOM),
+        ('"bbox_2d": [1, 2, 3, 4], "zoom": 8.001', RequestFault.ZOOM),
     ],
 )
 def test_malformed_box_is_refused(content, reason):
@@ -138,17 +151,27 @@ def test_may_end_turn():
 finite = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)
 
 
-@given(st.tuples(finite, finite, finite, finite), st.none() | st.integers(0, 9), st.sampled_from(["", "look: ", "{ "]))
+@given(
+    st.tuples(finite, finite, finite, finite),
+    st.none() | st.integers(0, 9),
+    st.none() | st.floats(0.25, 8) | st.integers(1, 8),
+    st.sampled_from(["", "look: ", "{ "]),
+)
 @settings(max_examples=100, deadline=None)
-def test_format_round_trip(coords, image, before):
-    written = format_box(coords, image)
-    assert parse_turn(before + written) == BoxRequest(coords, image or 0)
+def test_format_round_trip(coords, image, zoom, before):
+    written = format_box(coords, image, zoom)
+    assert parse_turn(before + written) == BoxRequest(coords, image or 0, zoom)
     assert json.loads(written)["bbox_2d"] == list(coords)
 
 
 def test_format():
     assert format_box((1, 2.0, 30, 40)) == BOX
     assert format_box((0.5, 0, 1, 1), image=0) == '{"bbox_2d": [0.5, 0, 1, 1], "image": 0}'
+    assert format_box((1, 2, 30, 40), zoom=2.0) == '{"bbox_2d": [1, 2, 30, 40], "zoom": 2}'
+    assert format_box((1, 2, 30, 40), 1, 1.5) == '{"bbox_2d": [1, 2, 30, 40], "image": 1, "zoom": 1.5}'
+    for zoom in (0, 8.5, float("nan")):
+        with pytest.raises(ValueError, match=r"`zoom` to be from 0.25 to 8"):
+            format_box((1, 2, 30, 40), zoom=zoom)
     with pytest.raises(ValueError, match="four finite"):
         format_box((1, 2, 3))
     with pytest.raises(ValueError, match="four finite"):

@@ -139,3 +139,19 @@ def test_streams_repeat_by_seed_and_do_not_repeat_themselves() -> None:
 def test_any_seed_will_do(seed: int) -> None:
     """A date as the seed of a run comes to more than 64 bits."""
     assert UniformStream(seed).next() != UniformStream(seed + 1).next()
+
+
+@pytest.mark.parametrize("size", [4096, 4097, 9000])
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_a_large_vocabulary_is_sampled_as_a_small_one(size: int, spread: float) -> None:
+    banned = torch.zeros(size, dtype=torch.bool)
+    banned[-50:] = True  # ids that stand for no token
+    logits = (randn(1, size) * spread).expand(200, -1)
+    uniforms = torch.cat([evenly(198), torch.tensor([0.0, LARGEST], dtype=torch.float64)])
+    ids, _ = sample_tokens(logits, uniforms, 1.0, 1.0, banned)
+    assert not banned[ids].any()
+    probs = logits[0].double().masked_fill(banned, -torch.inf).softmax(-1)
+    reached = probs.cumsum(-1)[ids]
+    # float32 log-probabilities move the borders by a few 1e-7
+    assert (uniforms < reached + 1e-6).all()
+    assert (uniforms >= reached - probs[ids] - 1e-6).all()

@@ -50,6 +50,20 @@ def test_the_kind_is_named_or_decided_by_the_sample() -> None:
     assert Accuracy()(said("2 dogs", "two dogs", source="textvqa")) == 1
 
 
+def test_a_sample_may_say_how_it_is_judged() -> None:
+    near = said("10.2", "10", source="charts")
+    own = replace(near, sample=replace(near.sample, answer_kind="number"))
+    assert Accuracy()(own) == 1
+    assert Accuracy(kind="exact")(own) == 1  # it goes before `kind`
+    assert Accuracy(by_source={"charts": "exact"})(own) == 0  # and after what is said of its data set
+    assert Accuracy(by_source={"tables": "exact"})(own) == 1
+    typo = said("hello worl", "hello world", source="textvqa")  # a source with a kind of its own
+    assert Accuracy()(replace(typo, sample=replace(typo.sample, answer_kind="anls"))) == pytest.approx(10 / 11)
+    listed = said("blue", "B", choices=("red", "blue"))
+    assert Accuracy()(listed) == 1
+    assert Accuracy()(replace(listed, sample=replace(listed.sample, answer_kind="exact"))) == 0
+
+
 def test_what_is_not_known_or_not_said() -> None:
     assert math.isnan(Accuracy()(trajectory(say("<answer>7</answer>"), answers=())))
     assert Accuracy()(trajectory(say(""))) == 0

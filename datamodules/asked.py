@@ -1,0 +1,103 @@
+"""One's own images and questions: a picture, a folder of them, or a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from datamodules.module import VLIRDataModule
+from datamodules.pictures import ImageFile
+from datamodules.vlir.reader import Record, read_text, require_records
+from datamodules.vlir.schema import BadRow, DataError, Invalid, from_row
+from modules.trajectory import Sample
+
+SOURCE = "asked"
+
+
+class AskedDataModule(VLIRDataModule):
+    """Questions to predict on, without answers; ``train.py predict`` makes one of its command line.
+
+    The names of the arguments are its own, for those of a configuration's data module stay where it is replaced.
+
+    Args:
+        ask_image: an image file, or a folder of them (those in it, by name; not what is below it).
+        ask_question: what is asked of each.
+        ask_file: in place of both: JSON lines as in the VLIR form, of which ``question`` alone is required, and
+            ``image`` where there is one; paths are relative to the file's folder and stay in it.
+        ask_batch: questions at once.
+
+    Raises:
+        ValueError: not exactly one of ``ask_image`` with ``ask_question``, and ``ask_file``.
+    """
+
+    def __init__(self, ask_image: str = "", ask_question: str = "", ask_file: str = "", ask_batch: int = 1) -> None:
+        if bool(ask_image) == bool(ask_file) or bool(ask_image) != bool(ask_question):
+            raise ValueError("Expected an image (or a folder of them) and a question, or a file of both.")
+        super().__init__(predict=ask_image or ask_file, val_batch_size=ask_batch)
+        self.question = ask_question
+
+    def read_file(self, path: Path) -> tuple[list[Record], list[BadRow]]:
+        """The questions about a picture or a folder, or those of a file.
+
+        Raises:
+            DataError: there is no such picture or folder, or nothing in it.
+        """
+        if not self.question:
+            return read_questions(path)
+        images = pictures(path)
+        return [
+            Record(
+                Sample(image.name, self.question, source=SOURCE),
+                (
+                    ImageFile(image.resolve().parent, image.resolve().name),
+                ),  # the user named it: a link may lead anywhere
+                str(path),
+                number,
+            )
+            for number, image in enumerate(images, start=1)
+        ], []
+
+
+def pictures(path: Path) -> list[Path]:
+    """An image file, whatever its name; or the files in a folder that are named as images are, in order.
+
+    Raises:
+        DataError: there is nothing of that name, or no image in the folder.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such image or folder.")
+    known = Image.registered_extensions()
+    found = sorted(each for each in path.iterdir() if each.suffix.lower() in known and each.is_file())
+    if not found:
+        raise DataError(f"{path}: expected images in the folder, found none.")
+    return found
+
+
+def read_questions(path: Path) -> tuple[list[Record], list[BadRow]]:
+    """The usable rows of a file of questions, and the others with the reason of each.
+
+    Raises:
+        DataError: the file cannot be read or has no usable row.
+    """
+    records: list[Record] = []
+    bad: list[BadRow] = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise Invalid("expected an object")
+            defaults = {"id": f"{path.stem}-{number}", "answers": [], "source": SOURCE}
+            defaults |= {} if "image" in row or "images" in row else {"images": []}
+            sample, paths = from_row({**defaults, **row})
+        except ValueError as error:  # not JSON, or Invalid
+            bad.append(BadRow(str(path), number, str(error)))
+        else:
+            records.append(Record(sample, tuple(ImageFile(path.parent, each) for each in paths), str(path), number))
+    require_records(path, records, bad, "one question a line")
+    return records, bad
