@@ -102,6 +102,21 @@ class RolloutCallback(L.Callback):
                 "Expected `rollout.rewards` to hold a turn reward with a weight (such as IoU) with `objective.credit: "
                 f"turn`, but got { ({name: type(reward).__name__ for name, reward in self.rewards.items()}) }."
             )
+        if isinstance(pl_module, RGRPOModule) and pl_module.learns_from_answers:
+            self._check_answers()
+
+    def _check_answers(self) -> None:
+        """What `grounding.answer` needs: to be told which answers are right, and crops that are what they seem."""
+        if "accuracy" not in self.rewards:
+            raise PolicyError(
+                "Expected `rollout.rewards` to hold one called `accuracy` with `grounding.answer`, which learns from "
+                f"right answers, but got {sorted(self.rewards)}."
+            )
+        if self.decoding.crops != "zoom":
+            raise PolicyError(
+                "Expected `rollout.decoding.crops` to be zoom with `grounding.answer`, which reads the crops once "
+                f"more, but got {self.decoding.crops!r}."
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch, batch_idx: int

@@ -164,6 +164,8 @@ class Grounder:
         """
         shown = [k for k, b in enumerate(located.boxes) if b.owner in located.answers and b.turn.crop is not None]
         leaf = expected.detach()[shown].requires_grad_()
+        if not leaf.isfinite().all():  # nothing to cut out: the step is left out, as any that is not finite
+            return expected.sum() * torch.nan, 0
         with torch.enable_grad():
             fitted, changed = fit_boxes(leaf, sizes[shown])
             losses = self._read(fitted, [located.boxes[k] for k in shown], located, temperature)

@@ -141,8 +141,10 @@ class Locator:
             written = digit_box(ids, self.texts, self._shapes)
         if written is None:
             return None
-        height, width = trajectory.sample.images[region.image].shape[-2:]
-        resized = trajectory.visuals[region.image].pixels.shape[-2:]
+        sample = trajectory.sample
+        height, width = sample.images[region.image].shape[-2:]
+        own = sample.prompt_visuals - len(sample.images)  # behind what examples show
+        resized = trajectory.visuals[own + region.image].pixels.shape[-2:]
         space, sizes = self.backbone.box_space, ((height, width), (resized[0], resized[1]))
         read = clip(to_original(written.coords, space, *sizes), (height, width))
         written = replace(written, positions=written.positions + turn.start)

@@ -86,6 +86,11 @@ class RGRPOModule(PolicyModule):
         """See `PolicyModule.steps_per_batch`; fewer where groups are dropped, or batches put together."""
         return self.objective.inner_epochs * self.objective.mini_batches
 
+    @property
+    def learns_from_answers(self) -> bool:
+        """Whether answers that were right have a loss of their own."""
+        return self.grounder is not None and self.grounder.weights.answer > 0
+
     def advantages(self, totals: Tensor) -> Tensor:
         """(G,) or (N, G) advantages of rewards."""
         objective = self.objective
@@ -171,11 +176,12 @@ class RGRPOModule(PolicyModule):
     def _learn(self, groups: Sequence[Group], size: int) -> None:
         before = self.trainer.global_step
         steps = [self._parts(mini) for mini in split(groups, self.objective.mini_batches)]
-        history = [
-            self.update(parts, self._loss, sum(part.count for part in parts))
-            for _ in range(self.objective.inner_epochs)
-            for parts in steps
-        ]
+        history: list[dict[str, Tensor]] = []
+        left_out = self.nonfinite
+        for parts in steps * self.objective.inner_epochs:
+            history.append(self.update(parts, self._loss, sum(part.count for part in parts)))
+            if self.nonfinite > left_out:  # on all ranks alike; a batch counts once, however many steps it makes
+                break
         every = self.objective.sync_reference
         if self.reference is not None and every and self.trainer.global_step // every > before // every:
             self.reference.synchronise(self.backbone)
@@ -215,7 +221,7 @@ class RGRPOModule(PolicyModule):
                     learner, _ = token_log_probs(self.backbone, batch, self.head_chunk)
             parts.append(_Part(batch, per_token, weights, count, reference, learner, kinds))
         if self.grounder is not None:
-            right = iter(rightly_answered(groups) if self.grounder.weights.answer else itertools.repeat(False))
+            right = iter(rightly_answered(groups) if self.learns_from_answers else itertools.repeat(False))
             found = [self.grounder.locate(some, annotated_box, [next(right) for _ in some]) for some in micro_batches]
             shared = share(found, sum(part.count for part in parts), self._sum_over_ranks)
             parts = [replace(part, located=located) for part, located in zip(parts, shared, strict=True)]
@@ -291,16 +297,7 @@ PER_TOKEN = (
 
 
 def rightly_answered(groups: Sequence[Group]) -> list[bool]:
-    """Whether each trajectory's answer was right.
-
-    Raises:
-        PolicyError: if no reward tells.
-    """
-    if any("accuracy" not in group.rewards for group in groups):
-        raise PolicyError(
-            "Expected `rollout.rewards` to hold one called `accuracy` with `grounding.answer`, which learns from right "
-            f"answers, but got {sorted(groups[0].rewards)}."
-        )
+    """Whether each trajectory's answer was right, by the reward called ``accuracy``."""
     return [value > 0 for group in groups for value in group.rewards["accuracy"].tolist()]
 
 

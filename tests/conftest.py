@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -131,6 +132,13 @@ def make_samples(count: int, seed: int = 0, size: int = 64) -> list[Sample]:
             )
         )
     return samples
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell starts what it puts into the background deaf to Ctrl-C, and its children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

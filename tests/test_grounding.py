@@ -15,12 +15,15 @@ from torch.nn.functional import cross_entropy
 from torchvision.ops import generalized_box_iou_loss
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from callbacks.rollout import RolloutCallback
 from modules.backbones.timm_lm import TimmLMBackbone
+from modules.engine import Decoding
 from modules.functional.soft_boxes import fit_boxes
 from modules.grounding import Grounder, Grounding, check_gradient
 from modules.located import annotated_box, share, step_box
 from modules.policy import PolicyError, PolicyModule
 from modules.replay import Replayer
+from modules.rewards import Accuracy, Format
 from modules.rgrpo import RGRPOModule
 from modules.scoring import collate, predicting
 from modules.sft import SFTModule
@@ -391,10 +394,12 @@ def test_wrong_settings_are_refused(zooming: TimmLMBackbone, monkeypatch: pytest
         (name,) = given
         with pytest.raises(ValueError, match=rf"`grounding\.{name}` to be 0 or above"):
             Grounding(**given)
-    made = [replace(g, rewards={"format": g.totals}) for g in rolled(zooming)]
     module = RGRPOModule(fresh(zooming), optimizer=SGD, grounding=Grounding(answer=1.0))
     with pytest.raises(PolicyError, match=r"one called `accuracy` with `grounding\.answer`.*\['format'\]"):
-        fit(module, [batch_of(made)])
+        RolloutCallback(rewards={"format": Format()}).on_fit_start(None, module)  # type: ignore[arg-type]
+    blank = RolloutCallback(rewards={"accuracy": Accuracy()}, decoding=Decoding(crops="blank"))
+    with pytest.raises(PolicyError, match=r"`rollout\.decoding\.crops` to be zoom with `grounding\.answer`.*'blank'"):
+        blank.on_fit_start(None, module)  # type: ignore[arg-type]
     backbone = fresh(zooming)
     crop = backbone.crop_scaler.forward
     monkeypatch.setattr(backbone.crop_scaler, "forward", lambda *args: [pixels.detach() for pixels in crop(*args)])
@@ -410,3 +415,14 @@ def test_the_gradient_is_tried_without_a_trace(zooming: TimmLMBackbone) -> None:
     assert backbone.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_boxes_that_are_not_finite_make_the_step_one_that_is_left_out(zooming: TimmLMBackbone) -> None:
+    grounder = RGRPOModule(fresh(zooming), optimizer=SGD, grounding=Grounding(answer=1.0)).grounder
+    assert grounder is not None
+    trajectories = [g.trajectories[0] for g in rolled(zooming)]
+    located = grounder.locate(trajectories, annotated_box, [True] * len(trajectories))
+    batch = collate(zooming, trajectories)
+    hidden = predicting(zooming, batch) * torch.nan
+    loss, _ = grounder.loss(hidden, share([located], 1.0, lambda n: n)[0], batch.temperature)
+    assert loss.isnan()

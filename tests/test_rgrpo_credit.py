@@ -276,9 +276,8 @@ def test_entropy_by_kind_is_watched(zooming: TimmLMBackbone) -> None:
 
 def test_entropy_by_kind_costs_no_pass_more(zooming: TimmLMBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    monkeypatch.setattr(
-        "modules.rgrpo.token_log_probs", lambda *a, **k: (passes.append(1), token_log_probs(*a, **k))[1]
-    )
+    whole = TimmLMBackbone.hidden_states
+    monkeypatch.setattr(TimmLMBackbone, "hidden_states", lambda *a: (passes.append(1), whole(*a))[1])
     made = groups(zooming, TOTALS)
     rows = fit(RGRPOModule(fresh(zooming), optimizer=SGD), [SampleBatch([g.sample for g in made], groups=made)]).rows
     assert len(passes) == 1

@@ -107,7 +107,7 @@ def test_a_key_is_in_no_file_no_log_and_no_traceback(
     quickstart = [f"--config={ROOT}/configs/quickstart/{name}.yaml" for name in ("base", "rgrpo")]
     small = ["--data.root=cards", "--data.train.images=1", "--data.val.images=1", "--data.init_args.batch_size=1"]
     judge = {"model": "judge", "base_url": "http://127.0.0.1:9/v1", "attempts": 1, "fail_fast": "false"}
-    judged = ["--rollout.rewards.judge=Judge", *(f"--rollout.rewards.judge.{k}={v}" for k, v in judge.items())]
+    judged = ["--rollout.rewards.judge=modules.Judge", *(f"--rollout.rewards.judge.{k}={v}" for k, v in judge.items())]
     judged += ["--rollout.rewards.judge.weight=0", "--rollout.rewards.judge.cache=verdicts"]
     caplog.set_level("DEBUG")
     cli(["fit", *quickstart, *small, *judged, "--run_dir=run", "--trainer.max_steps=1", "--rollout.sampler.size=8"])
@@ -121,7 +121,7 @@ def test_a_key_is_in_no_file_no_log_and_no_traceback(
 
 def test_a_key_in_the_place_of_its_name_is_refused_and_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     judge = {"model": "m", "base_url": "http://x/v1", "key_variable": SECRET}
-    judged = ["--rollout.rewards.judge=Judge", *(f"--rollout.rewards.judge.{k}={v}" for k, v in judge.items())]
+    judged = ["--rollout.rewards.judge=modules.Judge", *(f"--rollout.rewards.judge.{k}={v}" for k, v in judge.items())]
     with pytest.raises(SystemExit) as end:
         cli(["fit", "--config=base.yaml", *judged])
     assert end.value.code == 2

@@ -32,8 +32,8 @@ def turn_advantages(
     ``scale_by_std``. With at most one look a trajectory d is ``r_i - mean(r)``, s the standard deviation of
     `group_advantages`, and the tokens of the look get just what `group_advantages` gives.
 
-    What a turn reward pays may cancel what others pay, so that s is smaller than either: with ``scale_by_std`` no token
-    gets more than the largest advantage of an act. All are exactly 0 where the acts do not differ, and for
+    What a turn reward pays may cancel what others pay, so that s is smaller than either: with ``scale_by_std`` all are
+    then divided once more, so that no A_i exceeds the largest advantage of an act. All are exactly 0 where the acts do not differ, and for
     trajectories with NaN.
 
     Args:
@@ -61,10 +61,9 @@ def turn_advantages(
     if scale_by_std:
         s = (differences.square().sum() / (len(differences) - 1)).sqrt() + epsilon
         own, extra = own / s, extra / s
-        most = pay.acts(own, extra).abs().max()
-        whole_turn = (own[:, None] + extra).clamp(-most, most)
-        own = own.clamp(-most, most)
-        extra = torch.where(pay.looked, whole_turn - own[:, None], 0.0)
+        # one divisor for all: cutting off single ones would leave advantages that do not add up to 0
+        excess = own.abs().max() / pay.acts(own, extra).abs().max()
+        own, extra = own / excess.clamp(min=1), extra / excess.clamp(min=1)
     return own.to(totals.dtype), extra.to(totals.dtype)
 
 

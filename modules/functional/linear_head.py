@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from modules.functional.checks import check_tensor
+from modules.functional.losses import LEAST
 
 
 def linear_log_probs(
@@ -95,7 +96,7 @@ class _LinearLogProbs(torch.autograd.Function):
             gradient = _logits(hidden[own], weight, bias, ctx.temperature, ids)
             if exploring:
                 log_probs = gradient.log_softmax(-1)
-                surplus = (log_probs + entropy[own, None]).clamp(min=torch.finfo(log_probs.dtype).min)
+                surplus = log_probs.clamp(min=LEAST) + entropy[own, None]
                 torch.exp(log_probs, out=gradient)
                 gradient.mul_(surplus.mul_(of_entropy[own, None]).add_(of_log_probs[own, None])).neg_()
             else:

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.functional.checks import check_tensor
 
+LEAST = -1e4  # a log-probability whose probability is 0 in any precision
+
 Normalisation = Literal["sequence", "token", "constant"]
 
 
@@ -66,8 +68,8 @@ def selected_log_probs(
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    # the lowest finite number in place of -inf: 0 times it is 0, and so is the gradient there
-    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    # a finite number in place of -inf: 0 times it is 0, and so is the gradient there, whatever it is multiplied by
+    finite = log_probs.clamp(min=LEAST)
     return -(log_probs.exp() * finite).sum(dim=-1)
 
 

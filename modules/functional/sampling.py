@@ -74,7 +74,7 @@ def _invert(log_probs: Tensor, uniforms: Tensor) -> Tensor:
         places = starts[:, None] + torch.arange(BLOCK, device=log_probs.device)
         log_probs = log_probs.gather(-1, places.clamp(max=size - 1)).masked_fill(places >= size, -torch.inf)
     within, _ = _reach(log_probs.double().exp(), uniforms)
-    return starts + within
+    return (starts + within).clamp(max=size - 1)
 
 
 def _reach(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,8 @@ def _reach(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1:]
     # u * total may round up to total, behind the last mass that is not 0; right=True passes over masses of 0
     threshold = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
-    found = torch.searchsorted(cumulative, threshold, right=True)
+    # the clamp is for logits that are not finite: what is sampled from them is arbitrary, but a token
+    found = torch.searchsorted(cumulative, threshold, right=True).clamp(max=masses.shape[-1] - 1)
     mass = masses.gather(-1, found)
     below = cumulative.gather(-1, found) - mass
     return found[:, 0], ((threshold - below) / mass).clamp(0.0, LAST)[:, 0]

@@ -141,13 +141,21 @@ def test_looks_of_tied_trajectories_still_differ() -> None:
     torch.testing.assert_close(extra, tensor([[0.2, -0.4], [0.2, 0.0]]) / math.sqrt(0.24 / 2))
 
 
-def test_parts_that_cancel_are_not_blown_up() -> None:
-    """The totals differ by a thousandth, their parts by one: no token gets more than an act does."""
-    totals, whole = tensor([1.0, 1.001]), tensor([[0.0, 1.0]])
-    own, extra = turn_advantages(totals, whole, whole[..., None], scale_by_std=True, epsilon=0.0)
-    most = group_advantages(totals, scale_by_std=True, epsilon=0.0).abs().max()
-    torch.testing.assert_close(own, tensor([1.0, -1.0]) * most)
-    torch.testing.assert_close((own[:, None] + extra)[:, 0], group_advantages(totals, scale_by_std=True, epsilon=0.0))
+@pytest.mark.parametrize(
+    ("totals", "pay"), [([1.0, 1.001], [0.0, 1.0]), ([1.0, 1.001, 1.002, 1.0], [0.0, 0.0, 0.0, 1.0])]
+)
+def test_parts_that_cancel_are_not_blown_up(totals: list[float], pay: list[float]) -> None:
+    """The totals differ by a thousandth, their parts by one: no trajectory gets more than an act does."""
+    r, whole = tensor(totals), tensor([pay])
+    own, extra = turn_advantages(r, whole, whole[..., None], scale_by_std=True, epsilon=0.0)
+    plain = group_advantages(r, scale_by_std=True, epsilon=0.0)
+    torch.testing.assert_close(own.abs().max(), plain.abs().max())
+    # all parts are made smaller alike: they still add up to nothing, and to the acts' own proportions
+    torch.testing.assert_close(own.sum(), tensor(0.0), atol=1e-9, rtol=0)
+    torch.testing.assert_close(extra.sum(), tensor(0.0), atol=1e-9, rtol=0)
+    acts = (own[:, None] + extra)[:, 0]
+    torch.testing.assert_close(acts / acts.norm(), plain / plain.norm())
+    assert acts.norm() < plain.norm()
 
 
 def test_without_a_turn_reward_they_are_plain() -> None:

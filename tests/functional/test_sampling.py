@@ -155,3 +155,15 @@ def test_a_large_vocabulary_is_sampled_as_a_small_one(size: int, spread: float) 
     # float32 log-probabilities move the borders by a few 1e-7
     assert (uniforms < reached + 1e-6).all()
     assert (uniforms >= reached - probs[ids] - 1e-6).all()
+
+
+@pytest.mark.parametrize("size", [6, 9000])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_do_not_end_a_rollout(size: int, bad: float) -> None:
+    logits = randn(3, size)
+    logits[1, 2] = bad
+    banned = torch.zeros(size, dtype=torch.bool)
+    ids, _ = sample_tokens(logits, evenly(3), 1.0, 1.0, banned)
+    assert ((ids >= 0) & (ids < size)).all()
+    logits[1, 2] = 0.0
+    assert torch.equal(ids[[0, 2]], sample_tokens(logits, evenly(3), 1.0, 1.0, banned)[0][[0, 2]])
