@@ -115,6 +115,8 @@ class Teller:
         self._of, self._said = sample, ""
 
     def _go_on(self, text: str) -> None:
+        if len(text) <= len(self._said):  # half a character is taken back while it is written
+            return
         sys.stdout.write(printable(text[len(self._said) :]))
         sys.stdout.flush()
         self._said = text

@@ -28,7 +28,8 @@ class Faults(L.Callback):
     ``health/worker_restarts`` (data workers that died), all so far in this process, on the first rank.
 
     Args:
-        max_nonfinite: so many steps in a row may be left out; one more ends the run.
+        max_nonfinite: so many steps in a row may be left out; one more ends the run. Of a batch that makes several
+            (``inner_epochs``, ``mini_batches``), the first that is left out counts, and the others are not taken.
         dumps: so many batches are kept at most.
 
     Raises:
@@ -132,6 +133,7 @@ def _group(group: Group) -> dict[str, Any]:
         "rewards": dict(group.rewards),
         "totals": group.totals,
         "advantages": group.advantages,
+        "turn_advantages": group.turn_advantages,  # (G, K), or None
         "trajectories": [_trajectory(trajectory) for trajectory in group.trajectories],
     }
 

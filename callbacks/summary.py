@@ -19,6 +19,7 @@ from modules.policy import PolicyModule
 from modules.trajectory import Group, SampleBatch
 
 NAMED = 20  # rows that the summary spells out
+logger = logging.getLogger(__name__)
 
 
 class JsonLines(logging.Handler):
@@ -39,8 +40,14 @@ class JsonLines(logging.Handler):
         self._waiting = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record."""
+        """Write a record; what cannot be formatted or written is said to the error output, and the run goes on."""
         self.warnings += record.levelno >= logging.WARNING
+        try:
+            self._emit(record)
+        except Exception:  # a message's arguments, a full disk: no line of a log is worth a run
+            self.handleError(record)
+
+    def _emit(self, record: logging.LogRecord) -> None:
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -65,11 +72,12 @@ class JsonLines(logging.Handler):
 class Summary(L.Callback):
     """Keeps a log a rank, and says at the end what was left out, refused, repeated or failed.
 
-    ``log.rank<rank>.jsonl`` in the run's folder has a JSON object for everything that is logged from level ``info`` on:
-    time, level, logger, rank, step and message. ``summary.<command>.json`` counts, over all ranks and this attempt:
-    rows and rationales, rewards, groups, boxes, trajectories that were cut, and what `Faults` survived. It is written
-    at the end of fit, validation, test and prediction, also if an error or a signal ends them (then of this rank
-    alone), and printed in short.
+    ``log.rank<rank>.jsonl`` in the run's folder has a JSON object for every record that its logger lets through and
+    that is at least ``info``: time, level, logger, rank, step and message (warnings and errors of the project, ``info``
+    of Lightning too; not what Python's ``warnings`` says). ``summary.<command>.json`` counts, over all ranks and this
+    attempt: rows and rationales, rewards, groups, boxes, trajectories that were cut, and what `Faults` survived. It is
+    written at the end of fit, validation, test and prediction, also if an error or a signal ends them (then of this
+    rank alone), and printed in short.
     """
 
     _attached: JsonLines | None = None  # of the latest run in this process
@@ -137,7 +145,10 @@ class Summary(L.Callback):
         told = (type(exception), exception, exception.__traceback__)
         # to the log alone: the terminal shows it anyway
         self.lines.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, "ended by %r", (exception,), told))
-        self._finish(trainer, pl_module, f"{type(exception).__name__}: {exception}", alone=True)
+        try:
+            self._finish(trainer, pl_module, f"{type(exception).__name__}: {exception}", alone=True)
+        except Exception as error:  # a full disk, say: it must not hide what ended the run
+            logger.warning("The summary could not be written: %r", error)
         Summary._attach(None)
 
     @classmethod

@@ -19,10 +19,11 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
 class Watchdog(L.Callback):
     """Ends a process in which nothing has happened for too long, after writing what each of its threads was doing.
 
-    A rank that waits for one that died or fell behind waits forever, as a rule without a word. Every batch, of whatever
-    stage, is a sign of life. Without one for ``timeout`` seconds, a thread writes the stacks of all threads to the
-    error output and to ``hang.rank<rank>.txt`` in the run's folder, and ends the process with code 75; a launcher or
-    SLURM then ends the others. A single batch has to be shorter than that, with its rollouts.
+    A rank that waits for one that died or fell behind waits for the process group's time-out (30 minutes in Lightning),
+    or forever, as a rule without a word of where; ``timeout`` has to be below it to say so first. Every batch, of
+    whatever stage, is a sign of life. Without one for ``timeout`` seconds, a thread writes the stacks of all threads to
+    the error output and to ``hang.rank<rank>.txt`` in the run's folder, and ends the process with code 75; a launcher
+    or SLURM then ends the others. A single batch has to be shorter than that, with its rollouts.
 
     Args:
         timeout: seconds; None: nothing is watched.

@@ -18,6 +18,7 @@ from callbacks.layout import Colour
 from modules.trajectory import Trajectory, Turn
 
 LARGEST = 1600  # pixels of the longer side of an image on the page
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # Bidi_Control
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; margin: 0 auto; max-width: 1240px; padding: 24px; }
@@ -73,8 +74,12 @@ def escaped(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without what would steer a terminal or a page: control characters but line ends and tabs are spelt out."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else ascii(c)[1:-1] for c in text)
+    """Text without what would steer a terminal or a page, or cannot be written: control characters but line ends and
+    tabs, marks that turn the direction of writing, and halves of surrogate pairs are spelt out."""
+    return "".join(
+        ascii(c)[1:-1] if c in TURNING or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") else c
+        for c in text
+    )
 
 
 def _image(trajectory: Trajectory, panels: list[Look], index: int) -> str:

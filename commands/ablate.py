@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from commands.jobs import run_all
 from commands.pipeline import RECORD, PipelineError, arguments, ended, recorded, run_stage
 from commands.report import ReportError
 from commands.suggest import Parser
-from commands.table import write_table
+from commands.table import outcome, write_table
 
 POLL = 5.0  # seconds between two looks at a lock
 
@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> None:
     """Parse the command line of a grid and do what it says.
 
     Raises:
-        SystemExit: with code 2 after a message if it is wrong, 1 if a cell has not ended.
+        SystemExit: with code 2 after a message if it is wrong, 1 if a cell has not ended or cannot be read.
     """
     parser = Parser(
         prog="train.py ablate", description="Run the cells of a grid and tabulate them.", allow_abbrev=False
@@ -58,14 +58,15 @@ def main(args: Sequence[str]) -> None:
         if values.list:
             print(listing(grid))
         elif values.table:
-            write_table(grid)
+            if write_table(grid):
+                sys.exit(1)
         elif values.cell is not None:
             run_cell(grid, chosen(grid, values.cell))
         else:
             check_lines(grid)
             well = run_all([*every(grid)], args, values.jobs)
-            write_table(grid)
-            if not all(well):
+            unread = write_table(grid)
+            if unread or not all(well):
                 sys.exit(1)
     except (PipelineError, ReportError) as error:
         parser.error(str(error))
@@ -121,7 +122,7 @@ def chosen(grid: Grid, said: str) -> Cell:
 def listing(grid: Grid) -> str:
     """One line a cell: index (shared stages have none), name, state."""
     index = {cell.id: str(k) for k, cell in enumerate(indexed(grid))}
-    return "\n".join(f"{index.get(cell.id, '-'):>4}  {cell.id:<40}  {cell.states()[-1]}" for cell in every(grid))
+    return "\n".join(f"{index.get(cell.id, '-'):>4}  {cell.id:<40}  {outcome(cell.states())}" for cell in every(grid))
 
 
 def check_lines(grid: Grid) -> None:
@@ -151,8 +152,10 @@ def run_cell(grid: Grid, cell: Cell) -> None:
     """Run a cell and what it takes weights from, in this process; then write the table.
 
     Raises:
-        SystemExit: as that of the stage that failed, see `run_stage`.
+        PipelineError: see `check_ranks`.
+        SystemExit: as that of the stage that failed, see `run_stage`; with code 1 if its predictions cannot be read.
     """
+    check_ranks(cell, os.environ)
     try:
         for stage, mark in zip(cell.stages, cell.marks(), strict=True):
             folder = cell.root / stage.name
@@ -165,8 +168,35 @@ def run_cell(grid: Grid, cell: Cell) -> None:
                     note_failure(folder, error)
                     raise
     finally:
-        if first_rank():
-            write_table(grid)
+        unread = write_table(grid) if first_rank() else []
+    if cell.id in unread:
+        sys.exit(1)
+
+
+def check_ranks(cell: Cell, environment: Mapping[str, str]) -> None:
+    """Whether all ranks of a cell will agree on which stages there are to run.
+
+    Ranks that a scheduler started come here on their own, and only the first one waits for a lock: a stage that another
+    task runs meanwhile would be over for some of them and not for others. (Ranks that Lightning starts join the first
+    one within a stage; they have no RANK.)
+
+    Args:
+        cell: that they are to run.
+        environment: variables of SLURM and torchrun.
+
+    Raises:
+        PipelineError: if there are several and a stage that other cells may run as well has not ended.
+    """
+    started = environment.get("WORLD_SIZE", "1") if "RANK" in environment else environment.get("SLURM_NTASKS", "1")
+    if int(started) == 1:
+        return
+    shared = len(cell.stages) - cell.own
+    for stage, mark in zip(cell.stages[:shared], cell.marks()[:shared], strict=True):
+        if not ended(cell.root / stage.name, mark):
+            raise PipelineError(
+                f"Expected the shared stage {stage.name!r} to have ended before {started} ranks run {cell.id}, but it "
+                f"has not: run the same command with `--cell={cell.root.name}/{stage.name.removesuffix('/fit')}` first."
+            )
 
 
 def note_failure(folder: Path, error: BaseException) -> None:

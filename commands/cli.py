@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -37,8 +39,10 @@ from callbacks.summary import Summary
 from callbacks.throughput import Throughput
 from callbacks.watchdog import Watchdog
 from commands.suggest import Parser
+from datamodules.asked import AskedDataModule
 from modules.policy import PolicyError, PolicyModule
 
+NEEDED = ("state_dict", "pytorch-lightning_version")  # of a checkpoint
 FALSE_ALARMS = (
     r"LightningCLI's args parameter is intended",  # a pipeline runs several stages in one process, on purpose
     r"The `srun` command is available on your system but is not used",  # SLURM is installed, the run is local
@@ -53,9 +57,11 @@ class CLI(LightningCLI):
 
     Args:
         args: the command line without the program's name; None: ``sys.argv``.
+        asked: arguments of `AskedDataModule.ask`, if that is the data module.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: Sequence[str] | None = None, asked: Mapping[str, Any] | None = None) -> None:
+        self.asked = dict(asked or {})
         # the configuration tree hangs below the subcommand: without this, ${vars.x} would not be found
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
@@ -74,7 +80,7 @@ class CLI(LightningCLI):
                     "init_args": {"save_dir": "", "name": "", "version": "", "default_hp_metric": False},
                 },
                 # Throughput leaves fit.json: seconds over all resumed attempts, and steps
-                "callbacks": [Throughput(), CleanStop(), Summary()],
+                "callbacks": [Throughput(), Summary(), CleanStop()],  # it ends a run when the batch was counted
             },
             parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
@@ -117,6 +123,9 @@ class CLI(LightningCLI):
         """Build what is configured; a value that an object refuses is a mistake on the command line or in a file."""
         try:
             super().instantiate_classes()
+            if self.asked:
+                assert isinstance(self.datamodule, AskedDataModule)
+                self.datamodule.ask(**self.asked)
         except ValueError as error:
             self.parser.error(str(error))
 
@@ -127,20 +136,52 @@ class CLI(LightningCLI):
             config.weights_only = True
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config.{self.subcommand}.yaml"
+        if config.ckpt_path is not None:
+            last = Path(config.run_dir) / "last.ckpt"
+            check_checkpoint(last if config.ckpt_path == "last" else Path(config.ckpt_path), config.weights_only)
 
 
-def cli(args: Sequence[str] | None = None) -> CLI:
+def check_checkpoint(file: Path, weights_only: bool) -> None:
+    """Look at a checkpoint before a run reads it; one that Lightning has to find (``best``, a URL) is left to it.
+
+    Raises:
+        PolicyError: it is damaged, or something else.
+        UnpicklingError: it holds objects, and only weights may be read.
+    """
+    if not file.is_file():
+        return
+    problem = None
+    if not zipfile.is_zipfile(file):  # torch writes its files so; a file that was cut off lacks its end
+        problem = "it is no file that torch has written, or not all of it"
+    elif weights_only:
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except UnpicklingError:
+            raise
+        except Exception as error:  # whatever a damaged file leads the reader into
+            problem = f"reading it fails: {error!r}"
+        else:
+            missing = [k for k in NEEDED if not isinstance(found, dict) or k not in found]
+            problem = f"it has no {', '.join(f'`{k}`' for k in missing)}" if missing else None
+    if problem is not None:
+        raise PolicyError(
+            f"Expected `ckpt_path` {str(file)!r} to be a checkpoint of training, but it is damaged or none: {problem}."
+        )
+
+
+def cli(args: Sequence[str] | None = None, asked: Mapping[str, Any] | None = None) -> CLI:
     """Run one command, such as ``["fit", "--config=configs/sft.yaml"]``, and return what ran.
 
     Args:
         args: the command line without the program's name; None: ``sys.argv``.
+        asked: see `CLI`.
 
     Raises:
         SystemExit: with code 2 after a message if the command line, a file or the data as a whole is wrong.
     """
     with without_false_alarms():
         try:
-            return CLI(args)
+            return CLI(args, asked)
         except (datamodules.DataError, PolicyError) as error:
             # one sentence for the user; where it was raised says nothing more
             print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ import yaml
 
 from commands.pipeline import PipelineError, Stage, check, fingerprint, recorded
 
+NOTHING = "none"  # as `start_from` of a row: its fit starts from no shared stage
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of a row: it is the name of a folder
 
 
@@ -51,7 +52,7 @@ class Row(Part):
     """One row of the table: what differs from the grid's `fit` and `test`.
 
     Args:
-        start_from: another shared stage than the grid's.
+        start_from: another shared stage than the grid's; ``none``: no stage at all; null: the grid's.
         test_of: row or shared stage whose weights are tested; this row then has no fit of its own.
         test: what differs from the grid's test.
         mode: which predictions of the test are counted; sampled accuracy is counted in ``greedy`` rows only.
@@ -170,6 +171,8 @@ def check_grid(grid: Grid) -> None:
     for name in (*grid.stages, *grid.rows):
         if not NAME.fullmatch(name):
             raise PipelineError(f"Expected names of rows and stages to be names of folders, but got {name!r}.")
+    if NOTHING in grid.stages:
+        raise PipelineError(f"Expected no stage to be called {NOTHING!r}: it is what a row that has none starts from.")
     if both := sorted(set(grid.rows) & set(grid.stages)):
         raise PipelineError(f"Expected rows and stages to have names of their own, but both have {both[0]!r}.")
     for name, row in grid.rows.items():
@@ -206,7 +209,8 @@ def cells(grid: Grid, seed: int) -> list[Cell]:
         add(name, [_fit(name, name, merged(first, fit), fit.start_from)], fit.start_from)
     for name, row in sorted(grid.rows.items(), key=lambda item: item[1].test_of in grid.rows):  # stable
         test = merged(first, grid.test, row.test)
-        start = row.start_from or grid.fit.start_from
+        said = row.start_from or grid.fit.start_from
+        start = None if said == NOTHING else said
         if row.test_of is None:
             trained = _fit(name, f"{name}/fit", merged(first, grid.fit, row), start)
             add(name, [trained, _test(name, test, trained.name)], start)

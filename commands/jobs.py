@@ -44,7 +44,7 @@ def run_all(cells: Sequence[Cell], args: Sequence[str], jobs: int) -> list[bool]
         Whether each cell has ended.
 
     Raises:
-        SystemExit: with code 130 if it is interrupted; all processes have ended then.
+        SystemExit: with code 130 if it is interrupted; all processes have ended then, as after any other exception.
     """
     waiting = [cell for cell in cells if not cell.has_ended()]
     for cell in cells:
@@ -76,6 +76,9 @@ def run_all(cells: Sequence[Cell], args: Sequence[str], jobs: int) -> list[bool]
         print(f"ablate: stopping {len(running)} cells; run the same command again to go on from there", flush=True)
         stop(running)
         sys.exit(130)
+    except BaseException:  # they have sessions of their own: nobody else would end them
+        stop(running)
+        raise
     return [cell.id not in failed for cell in cells]
 
 
@@ -149,5 +152,6 @@ def shares(environment: Mapping[str, str], jobs: int, slot: int, cores: int, gpu
     if jobs > 1 and gpus > 1:
         names = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         visible = names.split(",")
-        said["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot::jobs] or [visible[slot % len(visible)]])
+        per = len(visible) // jobs  # the same number for all: cells that are compared run alike
+        said["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot::jobs][:per] if per else [visible[slot % len(visible)]])
     return said

@@ -32,6 +32,7 @@ class Member:
     name: str
     told: dict[str, Any]
     advantage: float
+    turns: Tensor  # (K,) what its turns get in addition; (0,) where they are not credited apart
 
     @property
     def sampled(self) -> Tensor:
@@ -49,6 +50,9 @@ class Member:
             found.append(f"{int(bad.sum())} of {len(bad)} log-probabilities, first that of token {first}")
         if not torch.tensor(self.advantage).isfinite():
             found.append(f"advantage {self.advantage:g}")
+        bad = ~self.turns.isfinite()
+        if bool(bad.any()):
+            found.append(f"{int(bad.sum())} advantages of turns, first that of turn {int(bad.nonzero()[0, 0]) + 1}")
         return found
 
 
@@ -63,9 +67,19 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--texts", type=int, default=3, help="trajectories whose text is printed")
     given = parser.parse_args(list(args))
     try:
-        print(report(given.file, given.texts))
+        said = report(given.file, given.texts)
     except FaultError as error:
         parser.error(str(error))
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # it says that it is one of ours
+        parser.error(f"{given.file}: expected a batch that `Faults` has kept, but parts of it are missing: {error!r}.")
+    print(said)
 
 
 def report(file: str, texts: int) -> str:
@@ -102,11 +116,11 @@ def report(file: str, texts: int) -> str:
             f"largest advantage       {steepest.advantage:+.2f}  {steepest.name}",
         ]
     for member in [*suspects, *(m for m in members if not m.faults)][:texts]:
-        lines += ["", f"--- {member.name}, ended: {member.told['stop']}", printable(member.told["text"])]
+        lines += ["", f"--- {member.name}, ended: {printable(member.told['stop'])}", printable(member.told["text"])]
     if not members:
         for sample in found["samples"][:texts]:
             told = "".join(step["text"] + (str(step["box"]) if step["box"] else "") for step in sample["rationale"])
-            lines += ["", f"--- {sample['id']}: {printable(sample['question'])}", printable(told)]
+            lines += ["", f"--- {printable(sample['id'])}: {printable(sample['question'])}", printable(told)]
     return "\n".join(lines)
 
 
@@ -131,7 +145,9 @@ def trajectories(found: dict[str, Any]) -> Iterator[Member]:
     """Every trajectory, by question and number."""
     for group in found["groups"]:
         for k, told in enumerate(group["trajectories"]):
-            yield Member(f"{group['id']} #{k + 1}", told, float(group["advantages"][k]))
+            turns = group.get("turn_advantages")
+            extra = torch.zeros(0) if turns is None else turns[k]
+            yield Member(f"{printable(group['id'])} #{k + 1}", told, float(group["advantages"][k]), extra)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -139,4 +155,4 @@ def listed(names: Sequence[str]) -> str:
     if not names:
         return "none"
     more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-    return f"{len(names)}: {', '.join(names[:NAMES])}{more}"
+    return f"{len(names)}: {printable(', '.join(names[:NAMES]))}{more}"

@@ -10,7 +10,6 @@ Without ``--image`` or ``--questions``, the questions are those of the data modu
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -46,10 +45,8 @@ def main(args: Sequence[str]) -> None:
         print("error: Expected --image and --question, or --questions, but got both.", file=sys.stderr)
         sys.exit(2)
     data = {"image": own.image, "question": own.question, "file": own.questions, "batch": own.at_once}
-    # as JSON, for a question that stands alone would be read as YAML: "Is this a cup: yes or no?"
-    arguments = {f"ask_{name}": value for name, value in data.items() if value is not None}
-    asked = json.dumps({"class_path": "AskedDataModule", "init_args": arguments})
-    run = cli(["predict", *rest, f"--data={asked}", "--trainer.callbacks+=Answers"])
+    asked = {name: value for name, value in data.items() if value is not None}
+    run = cli(["predict", *rest, "--data=AskedDataModule", "--trainer.callbacks+=Answers"], asked)
     callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
     if not any(each.answered for each in callbacks if isinstance(each, Answers)):
         print("error: Expected an image that can be read, but all were left out.", file=sys.stderr)

@@ -146,27 +146,40 @@ def read_predictions(folder: Path, mode: str, by: str | None = None) -> list[Pre
     Raises:
         ReportError: if there are none, or a line is broken or there twice.
     """
-    files = sorted(folder.glob("predictions*.jsonl"))
-    if not files:
-        raise ReportError(f"Expected {folder}/predictions.jsonl, but the test stage left no predictions.")
-    found: dict[str, dict[int, Prediction]] = {}  # question -> draw -> prediction
+    found: dict[str, list[Prediction]] = {}  # question -> its draws
     modes: set[str] = set()
-    for where, line in (each for file in files for each in lines(file)):
+    for where, line in drawn(folder):
         modes.add(line["mode"])
         if line["mode"] != mode or "correct" not in line:  # without it: the judgement failed
             continue
         if line["correct"] not in (0, 1):
             raise ReportError(f"{where}: expected `correct` to be 0 or 1, but got {line['correct']!r}.")
-        draws, draw = found.setdefault(line["id"], {}), line.get("draw", 0)
-        if draw in draws:
-            raise ReportError(f"{where}: question {line['id']!r} is there twice in mode {mode!r}.")
         if by is not None and by not in line:
             raise ReportError(f"{where}: lacks {by}, by which the report is broken down.")
         part = "" if by is None else str(line[by])
-        draws[draw] = Prediction(line["id"], line["image_id"], line["correct"], line["iou"], line["crops"], part)
+        draws = found.setdefault(line["id"], [])
+        draws.append(Prediction(line["id"], line["image_id"], line["correct"], line["iou"], line["crops"], part))
     if not found:
         raise ReportError(f"Expected predictions of mode {mode!r} in {folder}, but found {sorted(modes) or 'none'}.")
-    return [averaged(list(draws.values())) for draws in found.values()]
+    return [averaged(draws) for draws in found.values()]
+
+
+def drawn(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``file:line`` and contents of every line that a test stage has left, of all ranks.
+
+    Raises:
+        ReportError: if there is no file, or a draw of a question is there twice in a mode; see `lines`.
+    """
+    files = sorted(folder.glob("predictions*.jsonl"))
+    if not files:
+        raise ReportError(f"Expected {folder}/predictions.jsonl, but the test stage left no predictions.")
+    seen: set[tuple[str, str, int]] = set()
+    for where, line in (each for file in files for each in lines(file)):
+        key = (line["mode"], line["id"], line.get("draw", 0))
+        if key in seen:
+            raise ReportError(f"{where}: question {line['id']!r} is there twice in mode {line['mode']!r}.")
+        seen.add(key)
+        yield where, line
 
 
 def averaged(draws: Sequence[Prediction]) -> Prediction:

@@ -1,6 +1,7 @@
 """The table of a grid: means over seeds, and differences from the base row, with two kinds of intervals.
 
-Every value of a cell is a mean over the questions of its test. Of these values, over n seeds:
+Every value of a cell is a mean over the questions of its test, and that of a question over its draws. Of these values,
+over n seeds:
 
 - ``ci95`` is Student's interval of their mean, with n - 1 degrees of freedom. It tells what other seeds would give,
   on the same questions. Of a difference it is paired by seed, and within a seed by question. One seed has none.
@@ -27,7 +28,7 @@ from filelock import FileLock
 from commands.cli import write_json
 from commands.grid import Cell, Grid, cells
 from commands.hparams import write_hparams
-from commands.report import Interval, ReportError, lines, mean, mean_ci95, number, read_seconds
+from commands.report import Interval, ReportError, drawn, mean, mean_ci95, number, read_seconds
 
 SECONDS = "seconds"
 HEAD = ("accuracy", "sampled_accuracy", "mean_iou", "zoom_rate", "crops")  # then what else there is, then seconds
@@ -51,19 +52,25 @@ class Tested:
     asked: frozenset[str]
 
 
-def write_table(grid: Grid) -> None:
-    """Write ``table.md``, ``table.csv``, ``results.json`` and the folder ``hparams`` of what has ended."""
+def write_table(grid: Grid) -> list[str]:
+    """Write ``table.md``, ``table.csv``, ``results.json`` and the folder ``hparams`` of what has ended.
+
+    Returns:
+        The cells that have ended but cannot be read, as they are called on the command line.
+    """
     folder = Path(grid.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "table.lock"):  # the tasks of an array end when they like
         every = {(cell.name, cell.seed): cell for seed in grid.seed_list for cell in cells(grid, seed)}
         states = {key: cell.states() for key, cell in every.items() if cell.name in grid.rows}
         tested: dict[tuple[str, int], Tested] = {}
+        unread: list[str] = []
         for key in [key for key, said in states.items() if said[-1] == "ended"]:
             try:
                 tested[key] = read(grid, every[key])
             except ReportError as error:  # of one cell: the others are still worth a table
                 states[key] = [f"failed: {error}"]
+                unread.append(every[key].id)
         results = build(grid, states, tested)
         write_json(folder / "results.json", results)
         for name, text in (("table.md", markdown(grid, results)), ("table.csv", comma_separated(results))):
@@ -72,6 +79,7 @@ def write_table(grid: Grid) -> None:
             part.replace(folder / name)
         write_hparams(grid, every, results, folder / "hparams")
     print(f"ablate: {len(tested)} of {len(states)} cells are in {folder / 'table.md'}", flush=True)
+    return unread
 
 
 def read(grid: Grid, cell: Cell) -> Tested:
@@ -83,23 +91,23 @@ def read(grid: Grid, cell: Cell) -> Tested:
     folder = cell.root / cell.name / "test"
     mode = grid.rows[cell.name].mode
     sampled = grid.sampled_mode if mode == "greedy" else None
-    values: dict[str, dict[str, float]] = defaultdict(dict)
+    draws: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # metric -> question -> values
     images: dict[str, str] = {}
-    asked: dict[str, set[str]] = defaultdict(set)
-    for where, line in (each for file in sorted(folder.glob("predictions*.jsonl")) for each in lines(file)):
-        name, said = line["id"], json.dumps([line.get(key) for key in ("id", "image_id", "question", "answers")])
-        if said in asked[line["mode"]]:
-            raise ReportError(f"{where}: question {name!r} is there twice in mode {line['mode']!r}.")
-        asked[line["mode"]].add(said)
+    asked: set[str] = set()
+    for _, line in drawn(folder):
+        name = line["id"]
         images[name] = line["image_id"]
-        for metric, value in numbers(line, grid.by).items() if line["mode"] == mode else ():
-            values[metric][name] = value
+        if line["mode"] == mode:
+            asked.add(json.dumps([line.get(key) for key in ("id", "image_id", "question", "answers")]))
+            for metric, value in numbers(line, grid.by).items():
+                draws[metric][name].append(value)
         if line["mode"] == sampled and "correct" in line:
-            values["sampled_accuracy"][name] = float(line["correct"])
-    if not asked[mode]:
+            draws["sampled_accuracy"][name].append(float(line["correct"]))
+    if not asked:
         raise ReportError(f"Expected predictions of mode {mode!r} in {folder}, but there are none.")
-    values[SECONDS][""] = read_seconds(cell.weights)
-    return Tested(values, {**images, "": ""}, frozenset(asked[mode]))
+    draws[SECONDS][""].append(read_seconds(cell.weights))
+    values = {metric: {name: math.fsum(each) / len(each) for name, each in of.items()} for metric, of in draws.items()}
+    return Tested(values, {**images, "": ""}, frozenset(asked))
 
 
 def numbers(line: Mapping[str, Any], by: str | None) -> dict[str, float]:

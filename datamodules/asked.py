@@ -19,24 +19,32 @@ SOURCE = "asked"
 class AskedDataModule(VLIRDataModule):
     """Questions to predict on, without answers; ``train.py predict`` makes one of its command line.
 
-    The names of the arguments are its own, for those of a configuration's data module stay where it is replaced.
-
-    Args:
-        ask_image: an image file, or a folder of them (those in it, by name; not what is below it).
-        ask_question: what is asked of each.
-        ask_file: in place of both: JSON lines as in the VLIR form, of which ``question`` alone is required, and
-            ``image`` where there is one; paths are relative to the file's folder and stay in it.
-        ask_batch: questions at once.
-
-    Raises:
-        ValueError: not exactly one of ``ask_image`` with ``ask_question``, and ``ask_file``.
+    What is asked is no init argument: a configuration would read it as YAML, and interpolate what looks like it.
     """
 
-    def __init__(self, ask_image: str = "", ask_question: str = "", ask_file: str = "", ask_batch: int = 1) -> None:
-        if bool(ask_image) == bool(ask_file) or bool(ask_image) != bool(ask_question):
+    def __init__(self) -> None:
+        super().__init__()
+        self.question = ""
+
+    def ask(self, image: str = "", question: str = "", file: str = "", batch: int = 1) -> None:
+        """Say what is asked.
+
+        Args:
+            image: an image file, or a folder of them (those in it, by name; not what is below it).
+            question: what is asked of each.
+            file: in place of both: JSON lines as in the VLIR form, of which ``question`` alone is required, and
+                ``image`` where there is one; paths are relative to the file's folder and stay in it.
+            batch: questions at once.
+
+        Raises:
+            ValueError: not exactly one of ``image`` with ``question``, and ``file``, or a batch of none.
+        """
+        if bool(image) == bool(file) or bool(image) != bool(question):
             raise ValueError("Expected an image (or a folder of them) and a question, or a file of both.")
-        super().__init__(predict=ask_image or ask_file, val_batch_size=ask_batch)
-        self.question = ask_question
+        if batch < 1:
+            raise ValueError(f"Expected `--at_once` to be at least 1, but got {batch}.")
+        self.files["predict"] = [Path(image or file)]
+        self.question, self.val_batch_size = question, batch
 
     def read_file(self, path: Path) -> tuple[list[Record], list[BadRow]]:
         """The questions about a picture or a folder, or those of a file.

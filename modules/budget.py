@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modules.backbones.base import Backbone
+from modules.functional.grammar import MOST_ZOOM
 from modules.self_check import computing_dtype
 from modules.trajectory import Box, Sample, Visual
 
@@ -72,6 +73,7 @@ def token_table(backbone: Backbone, sizes: Sequence[tuple[int, int]]) -> list[Vi
 def visual_tokens(backbone: Backbone, name: str, size: tuple[int, int]) -> VisualTokens:
     """See `VisualTokens`; crops of a pixel, a quarter, the whole image and strips of several shapes are tried.
 
+    Where the policy can choose its zoom, the largest one is the largest of those at the greatest zoom as well.
     Where tokens follow the shape and not the area (tiles), another shape may come to a few more.
     """
     height, width = float(size[0]), float(size[1])
@@ -81,8 +83,12 @@ def visual_tokens(backbone: Backbone, name: str, size: tuple[int, int]) -> Visua
     ]
     boxes = [pixel, quarter, whole, *strips]
     crops = [len(backbone.visual_ids(*backbone.crop_scaler.output_size(box, size))) for box in boxes]
+    zoomed = [
+        len(backbone.visual_ids(*backbone.crop_scaler.output_size(box, size, MOST_ZOOM)))
+        for box in (boxes if backbone.zooms else ())
+    ]
     image = len(backbone.visual_ids(*backbone.image_scaler.output_size(whole, size)))
-    return VisualTokens(name, size, image, quarter=crops[1], smallest=min(crops), largest=max(crops))
+    return VisualTokens(name, size, image, quarter=crops[1], smallest=min(crops), largest=max(crops + zoomed))
 
 
 def prompt_range(backbone: Backbone, samples: Sequence[Sample], table: Sequence[VisualTokens]) -> tuple[int, int]:

@@ -15,7 +15,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 import commands.ablate
 import train
-from commands.ablate import alone, in_order
+from commands.ablate import alone, check_ranks, in_order
+from commands.grid import Grid, Row, cells
+from commands.pipeline import PipelineError
 from tests.cli_stand_ins import CONFIG, TinyPolicy
 
 ROOT = Path(train.__file__).parent
@@ -32,6 +34,7 @@ rows:
   far: {set: {model.goal: 3}, test: {set: {model.right: 3}}}
   few: {test_of: far, test: {set: {model.right: 1}}}
 """
+GRID_OF_FEW = Grid(rows={"far": Row(), "few": Row(test_of="far")}, base="far")
 CELLS = ["seed_0/sft_only", "seed_0/rl", "seed_0/far", "seed_0/few"]
 
 
@@ -94,7 +97,7 @@ def test_what_has_ended_is_not_run_again_and_what_changed_is() -> None:
     assert [row["cells"]["0"] for row in results().values()] == ["ended", "ended", "not run", "ended"]  # type: ignore[index]
 
 
-def test_an_interrupted_cell_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_cell_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run("--cell=seed_0/sft_only")
     TinyPolicy.taken.clear()
     with monkeypatch.context() as patch:
@@ -104,6 +107,9 @@ def test_an_interrupted_cell_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = "failed: RuntimeError: the stand-in was told to fail"
     assert results()["rl"]["cells"] == {"0": failed, "1": "not run"}
     assert f"- `seed_0/rl`: {failed}" in Path("runs/table.md").read_text()
+    capsys.readouterr()
+    run("--list")
+    assert f"seed_0/rl {failed}" in " ".join(capsys.readouterr().out.split())
     run("--cell=1")
     assert TinyPolicy.taken == [0, 1, 2, 3]
     assert results()["rl"]["cells"]["0"] == "ended"  # type: ignore[index]
@@ -111,8 +117,11 @@ def test_an_interrupted_cell_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_test_without_predictions_fails_alone() -> None:
     Path("grid.yaml").write_text(GRID.replace("model.right: 3", "model.questions: 0"))
-    for index in (1, 2):
-        run(f"--cell={index}")
+    for args in ("--cell=2", "--table"):
+        with pytest.raises(SystemExit) as end:
+            run(args)
+        assert end.value.code == 1
+    run("--cell=1")  # another one's fault
     assert "no predictions" in str(results()["far"]["cells"]) or "there are none" in str(results()["far"]["cells"])
     assert results()["rl"]["cells"]["0"] == "ended"  # type: ignore[index]
 
@@ -166,6 +175,27 @@ def test_other_ranks_take_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(rank_zero_only, "rank", 1)
         with alone(tmp_path / "stage"):
             pass
+
+
+def test_a_cell_of_several_ranks_needs_its_shared_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (rl,) = (cell for cell in cells(Grid(rows={"rl": Row(), "of": Row(test_of="rl")}, base="rl"), 0) if cell.own == 2)
+    check_ranks(rl, {"SLURM_NTASKS": "4"})  # nothing is shared with it
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    message = refused(capsys, "--cell=seed_0/rl")
+    assert "'sft'" in message
+    assert "4 ranks" in message
+    assert "`--cell=seed_0/sft`" in message
+    assert not Path("runs").exists()
+    monkeypatch.delenv("SLURM_NTASKS")
+    run("--cell=seed_0/sft")
+    (few,) = (c for c in cells(GRID_OF_FEW, 0) if c.name == "few")
+    several = {"RANK": "1", "WORLD_SIZE": "2"}
+    with pytest.raises(PipelineError, match="`--cell=seed_0/far`"):  # a row that a row tests is shared as well
+        check_ranks(few, several)
+    check_ranks(few, {"RANK": "0", "WORLD_SIZE": "1"})
+    check_ranks(few, {"LOCAL_RANK": "1", "WORLD_SIZE": "2"})  # of Lightning's own: within a stage of the first rank
 
 
 def test_configurations_of_the_command_line_come_after_the_grid_s() -> None:

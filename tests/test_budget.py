@@ -31,6 +31,7 @@ from modules.budget import (
     token_table,
 )
 from modules.engine import Decoding, LocalEngine, Request
+from modules.functional.grammar import LEAST_ZOOM, MOST_ZOOM
 from modules.policy import freeze_matching
 from modules.replay import Replayer
 from modules.trajectory import Region, StopReason
@@ -67,9 +68,23 @@ def test_tokens_are_those_of_images_that_are_really_scaled(zoomer: TimmLMBackbon
         assert crop(width / 2, height / 2) == row.quarter
         strips = [n for k in (2, 3, 4, 6) for n in (crop(width / k, height), crop(width, height / k))]
         tried = [crop(1, 1), row.quarter, crop(width, height), *strips]
-        assert (row.smallest, row.largest) == (min(tried), max(tried))
+        assert row.smallest == min(tried)
+        assert row.largest >= max(tried)
     assert len({row.image for row in table}) > 2
     assert {row.smallest for row in table} == {4}  # their lower limit, in cells of 64 pixels
+
+
+def test_the_largest_crop_is_the_largest_that_can_be_asked_for(zoomer: TimmLMBackbone) -> None:
+    zoomer.crop_scaler = ScalerConfig(min_pixels=64, max_pixels=60 * 64).build(8)
+    image = torch.zeros(3, 16, 24, dtype=torch.uint8)
+    (row,) = token_table(zoomer, [(16, 24)])
+    boxes = [(0.0, 0.0, x, y) for x in (1.0, 8.0, 16.0, 24.0) for y in (1.0, 8.0, 16.0)]
+    zooms = [None, LEAST_ZOOM, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, MOST_ZOOM]
+    asked = {zoom: max(zoomer.look([image], [Region(box, zoom=zoom)])[0].tokens for box in boxes) for zoom in zooms}
+    assert row.largest >= max(asked.values())
+    assert 3 * asked[None] < row.largest <= 60  # the rule's alone are far from the limit
+    zoomer.crop_scaler = ScalerConfig(size=(16, 16)).build(8)  # no zoom can be chosen
+    assert {n for row in token_table(zoomer, SIZES) for n in (row.smallest, row.largest)} == {4}
 
 
 def test_images_of_any_shape_are_counted(zoomer: TimmLMBackbone) -> None:

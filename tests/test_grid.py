@@ -57,6 +57,11 @@ def test_a_row_can_start_elsewhere_and_brings_what_it_starts_from() -> None:
     assert [stage.name for stage in stages(grid(x=Row(start_from="other")), "x")] == ["sft", "other", "x/fit", "x/test"]
 
 
+def test_a_row_can_start_from_nothing() -> None:
+    fit, test = stages(grid(x=Row(start_from="none")), "x")
+    assert (fit.name, fit.start_from, test.start_from) == ("x/fit", None, "x/fit")
+
+
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [("sft", ["sft", "x/test"]), ("rl", ["sft", "rl/fit", "x/test"]), ("y", ["sft", "y/fit", "x/test"])],
@@ -101,6 +106,7 @@ WRONG = {
     "same seeds": (lambda: replace(grid(), seeds=[1, 1]), ["`seeds`", "[1, 1]"]),
     "folder": (lambda: grid(**{"a/b": Row()}), ["names of folders", "'a/b'"]),
     "both": (lambda: grid(sft=Row()), ["both have 'sft'"]),
+    "none": (lambda: replace(grid(), stages={"sft": Fit(), "none": Fit()}), ["'none'", "no stage"]),
     "test_of": (lambda: grid(x=Row(test_of="stf")), ["`test_of` of row 'x'", "sft, other, rl", "'stf'"]),
     "test of a test": (lambda: grid(x=Row(test_of="y"), y=Row(test_of="sft")), ["`test_of` of row 'x'", "'y'"]),
     "no fit": (lambda: grid(x=Row(test_of="rl", set={"a": 1})), ["row 'x'", "no `set`", "`test`"]),

@@ -113,7 +113,24 @@ def test_an_interrupt_ends_all_processes_and_their_children(number: int, capsys:
         run_all(every, [], 2)
     assert end.value.code == 130
     assert "stopping 1 cells" in capsys.readouterr().out
-    child = int(Path("child").read_text())
+    assert_gone(int(Path("child").read_text()))
+
+
+def test_any_other_exception_ends_them_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = plan(seeds=2, hang=("seed_0/sft",))
+
+    def broken(job: commands.jobs.Job) -> bool:
+        while not Path("child").exists() or not Path("child").read_text():
+            time.sleep(0.02)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(commands.jobs, "finished", broken)  # of seed_1/sft, which does not hang
+    with pytest.raises(OSError, match="no space left"):
+        run_all(every, [], 2)
+    assert_gone(int(Path("child").read_text()))
+
+
+def assert_gone(child: int) -> None:
     for _ in range(100):  # an orphan is reaped by whoever inherits it: gone, or a zombie until then
         stat = Path(f"/proc/{child}/stat")
         if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
@@ -128,6 +145,9 @@ def test_processes_share_the_machine() -> None:
     assert shares({"OMP_NUM_THREADS": "3"}, jobs=2, slot=1, cores=8, gpus=1) == {}
     threads = {"OMP_NUM_THREADS": "1"}
     assert [shares(threads, 2, k, 8, 4)["CUDA_VISIBLE_DEVICES"] for k in range(2)] == ["0,2", "1,3"]
+    # the same number for each: two cells with other numbers of GPUs would have other batches
+    assert [shares(threads, 2, k, 8, 3)["CUDA_VISIBLE_DEVICES"] for k in range(2)] == ["0", "1"]
+    assert [shares(threads, 2, k, 8, 5)["CUDA_VISIBLE_DEVICES"] for k in range(2)] == ["0,2", "1,3"]
     seen = {**threads, "CUDA_VISIBLE_DEVICES": "5,GPU-a"}
     assert [shares(seen, 3, k, 8, 2)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["5", "GPU-a", "5"]
     assert shares(threads, 1, 0, 8, 4) == {}  # alone, it sees all of them

@@ -64,6 +64,15 @@ def test_a_file_of_questions_of_which_some_are_wrong(capfd: pytest.CaptureFixtur
     assert {path.name for path in Path("out/answers").iterdir()} == {"0001-q-1.png", "0001-q-1.html"}
 
 
+@pytest.mark.parametrize("question", ["What is this \U0001f600: yes or no?", "What is ${vars.x} / ${oc.env:HOME}?"])
+def test_a_question_is_text_whatever_it_looks_like(
+    question: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "photos").rename("${photos}")
+    train.main(["predict", *CONFIGS, "--image", "${photos}/one.png", "--question", question, "--run_dir", "out"])
+    assert f"--- one.png: {question}" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

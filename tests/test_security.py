@@ -82,6 +82,25 @@ def test_a_checkpoint_with_code_in_it_is_refused(command: str, capsys: pytest.Ca
     assert Path("ran").exists()
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign"])
+@pytest.mark.parametrize("name", ["run/last.ckpt", "last"])
+def test_a_damaged_checkpoint_is_one_sentence(damage: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli(["fit", "--config=base.yaml", "--run_dir=run"])
+    file = Path("run/last.ckpt")
+    if damage == "foreign":
+        torch.save({"weights": torch.zeros(1)}, file)
+    else:
+        whole = file.read_bytes()
+        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"text\n"}[damage])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli(["fit", "--config=base.yaml", "--run_dir=run", f"--ckpt_path={name}", "--trainer.max_steps=8"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "Expected `ckpt_path` 'run/last.ckpt' to be a checkpoint of training, but it is damaged" in said
+    assert "weights_only" not in said
+
+
 def test_weights_to_start_from_with_code_in_them_are_refused() -> None:
     torch.save({"state_dict": {}, "extra": Evil()}, "evil.ckpt")
     with pytest.raises(PolicyError, match="reading it fails"):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,31 @@ def test_a_mode_and_groups_of_questions(answered: dict[str, list[Answers]]) -> N
     assert "sampled_accuracy" not in blank
 
 
+def test_several_draws_of_a_question_are_one_answer() -> None:
+    told = grid(seeds=1)
+    drawn = [
+        line | {"draw": draw}
+        for draw, correct in enumerate(([1, 0, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]))
+        for line in lines(np.array(correct), "sampled")
+    ]
+    write(told, "base", 0, lines(np.ones(5)) + drawn)
+    write(told, "high", 0, lines(np.ones(5)) + [line for line in drawn if line["draw"] == 0])
+    assert write_table(told) == []
+    rows = json.loads(Path("runs/results.json").read_text())["rows"]
+    assert rows["base"]["metrics"]["accuracy"]["mean"] == 1.0
+    sampled = rows["high"]["metrics"]["sampled_accuracy"]
+    assert rows["base"]["metrics"]["sampled_accuracy"]["mean"] == pytest.approx((3 + 1 + 1 + 0 + 2) / 4 / 5)
+    # two images: questions 0 to 3, and 4; more draws are no more questions
+    assert sampled["difference"]["mean"] == pytest.approx((1 / 4 - 1 / 4 + 3 / 4 + 0 + 2 / 4) / 5)
+    assert rows["high"]["same_questions"] is True
+    told = replace(told, rows={**told.rows, "drawn": Row(test_of="base", mode="sampled")})
+    write(told, "drawn", 0, drawn)
+    write_table(told)
+    found = json.loads(Path("runs/results.json").read_text())["rows"]["drawn"]["metrics"]
+    assert found["accuracy"]["mean"] == pytest.approx(7 / 20)
+    assert found["mean_iou"]["mean"] == pytest.approx((1 / 4 + 0) / 2 / 2)  # questions 1 and 3 have a region
+
+
 BROKEN: dict[str, tuple[Callable[[list[dict[str, Any]]], list[dict[str, Any]]], str]] = {
     "twice": (lambda lines: [*lines, lines[0]], "'q0' is there twice"),
     "other mode": (lambda lines: [line | {"mode": "x"} for line in lines], "mode 'greedy'"),
@@ -200,7 +226,7 @@ def test_broken_predictions_are_a_failure_of_their_cell(name: str) -> None:
     spoil, said = BROKEN[name]
     write(grid(1), "base", 0, lines(np.ones(4)))
     write(grid(1), "high", 0, spoil(lines(np.ones(4))))
-    write_table(grid(1))
+    assert write_table(grid(1)) == ["seed_0/high"]
     rows = json.loads(Path("runs/results.json").read_text())["rows"]
     assert rows["base"]["cells"] == {"0": "ended"}
     assert said in rows["high"]["cells"]["0"]

@@ -24,7 +24,7 @@ from datamodules.vlir.reader import Record, read_text, require_records
 from datamodules.vlir.schema import BadRow, DataError, Invalid, describe, expect, relative_path, required, strings, text
 from modules.functional.boxes import BoxSpace, check, clip, fit_to_grid, to_original
 from modules.functional.grammar import BoxRequest, answer_spans, parse_turn
-from modules.trajectory import Box, Region, Sample, Step
+from modules.trajectory import Region, Sample, Step
 
 PATCH = 28  # of Qwen2.5-VL: patches of 14 pixels, merged two by two
 SFT_MIN_PIXELS = 4 * PATCH**2  # the limits that the authors' warm-up resized its images within
@@ -225,7 +225,7 @@ def _sft(row: dict[str, Any], min_pixels: int, max_pixels: int) -> tuple[Sample,
             f"key `response_list`: expected one segment more than there are crops ({len(crops)}), found {len(segments)}"
         )
     texts: list[str] = []
-    boxes: list[Box] = []
+    requests: list[BoxRequest] = []
     carried = ""  # what closes the box's surroundings (a list, a fence) comes after the crop, as in a rollout
     for i, segment in enumerate(segments[:-1]):
         parts = split_segment(segment)
@@ -235,14 +235,14 @@ def _sft(row: dict[str, Any], min_pixels: int, max_pixels: int) -> tuple[Sample,
         if request.image != 0:
             raise Invalid(f"key `response_list[{i}]`: expected a box on the only image, found image {request.image}")
         texts.append(carried + before)
-        boxes.append(request.coords)
+        requests.append(request)
         carried = after.strip()
     last = segments[-1].rstrip()
     if isinstance(parse_turn(last), BoxRequest):
         raise Invalid(f"key `response_list[{len(crops)}]`: expected no box where no crop follows, found {last[-60:]!r}")
     sample = Sample(id="", question=question, answers=_spans(last), source="vlir")
     finish = partial(
-        _place, texts=(*texts, carried + last), boxes=tuple(boxes), min_pixels=min_pixels, max_pixels=max_pixels
+        _place, texts=(*texts, carried + last), requests=tuple(requests), min_pixels=min_pixels, max_pixels=max_pixels
     )
     return sample, finish
 
@@ -252,7 +252,9 @@ def _spans(segment: str) -> tuple[str, ...]:
     return (spans[-1].strip(),) if spans else ()
 
 
-def _place(sample: Sample, texts: tuple[str, ...], boxes: tuple[Box, ...], min_pixels: int, max_pixels: int) -> Sample:
+def _place(
+    sample: Sample, texts: tuple[str, ...], requests: tuple[BoxRequest, ...], min_pixels: int, max_pixels: int
+) -> Sample:
     """The sample with its rationale, the boxes mapped from resized to original pixels.
 
     Raises:
@@ -264,16 +266,16 @@ def _place(sample: Sample, texts: tuple[str, ...], boxes: tuple[Box, ...], min_p
     except ValueError as error:
         raise Invalid(f"key `image_path`: {error}") from None
     regions = []
-    for i, coords in enumerate(boxes):
-        box = to_original(coords, BoxSpace("resized"), (height, width), resized)
+    for i, request in enumerate(requests):
+        box = to_original(request.coords, BoxSpace("resized"), (height, width), resized)
         # One unit of what was written may round beyond the border; more is a wrong box.
         fault = check(box, (height, width), tolerance=max(height / resized[0], width / resized[1], 1.0))
         if fault is not None:
             raise Invalid(
                 f"key `response_list[{i}]`: expected a box inside the {resized[1]} x {resized[0]} resized image, "
-                f"found {list(coords)} ({fault.value})"
+                f"found {list(request.coords)} ({fault.value})"
             )
-        regions.append(Region(clip(box, (height, width))))
+        regions.append(Region(clip(box, (height, width)), zoom=request.zoom))
     *steps, last = texts
     looks = [Step(words, region) for words, region in zip(steps, regions, strict=True)]
     return replace(sample, rationale=(*looks, Step(last)))

@@ -147,13 +147,14 @@ def marked(draft: Draft) -> str:
 def crop_of(question: Question, region: Region, scaler: CropAndScale) -> Picture:
     """A crop as a policy would be shown it, cut from the original image."""
     fingerprint = question.prints[region.image]
-    size = scaler.output_size(region.box, fingerprint.size)
+    size = scaler.output_size(region.box, fingerprint.size, region.zoom)
     return Picture(
         f"{fingerprint.digest} {list(region.box)} {size[0]}x{size[1]}",
         size,
-        partial(_cut, question, region, scaler),
+        partial(_cut, question, region, scaler, size),
     )
 
 
-def _cut(question: Question, region: Region, scaler: CropAndScale) -> torch.Tensor:
-    return scaler([question.images[region.image].load()], torch.tensor([region.box], dtype=torch.float64))[0]
+def _cut(question: Question, region: Region, scaler: CropAndScale, size: tuple[int, int]) -> torch.Tensor:
+    box = torch.tensor([region.box], dtype=torch.float64)
+    return scaler([question.images[region.image].load()], box, sizes=[size])[0]

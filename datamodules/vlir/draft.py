@@ -3,7 +3,7 @@
 Understood although it is not what was asked for: code fences, trailing commas, single quotes, a box in a list or in a
 string, boxes written from 0 to 1 where pixels were asked for, reasoning without its tags, words behind the answer.
 Refused, for it could mean two things: other than four numbers, corners in the wrong order, a box outside the image,
-two answers, two boxes with no words between them.
+a zoom out of range, two answers, two boxes with no words between them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from modules.functional.boxes import BoxSpace, check, clip, to_original
-from modules.functional.grammar import Answer, BoxRequest, answer_spans, format_box, parse_turn
+from modules.functional.grammar import LEAST_ZOOM, MOST_ZOOM, Answer, BoxRequest, answer_spans, format_box, parse_turn
 from modules.trajectory import Box, Region, Step
 
 Size = tuple[int, int]  # (H, W)
@@ -23,6 +23,7 @@ _FENCE = re.compile(r"\A```\w*\s*\n(.*)\n\s*```\Z", re.DOTALL)
 _BOX = re.compile(r"(?:```\w*\s*)?\[?\s*(\{[^{}]*bbox_2d[^{}]*\})\s*,?\s*\]?(?:\s*```)?")
 _COORDS = re.compile(r"""bbox_2d["']?\s*:\s*(\[\s*\[[^][]*\]\s*\]|\[[^][]*\]|"[^"]*"|'[^']*')""")
 _IMAGE = re.compile(r"""["']image["']\s*:\s*(\d{1,4})\b""")
+_ZOOM = re.compile(r"""["']zoom["']\s*:\s*([^,}]*)""")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _TAG = re.compile(r"</?(?:think|answer)>")
 
@@ -166,7 +167,17 @@ def _request(written: str) -> BoxRequest:
         raise Rejected(Reason.BAD_BOX, f"expected four numbers, found {written[:100]!r}")
     x1, y1, x2, y2 = map(float, numbers)
     image = _IMAGE.search(written)
-    return BoxRequest((x1, y1, x2, y2), int(image[1]) if image else 0)
+    return BoxRequest((x1, y1, x2, y2), int(image[1]) if image else 0, _zoom(written))
+
+
+def _zoom(written: str) -> float | None:
+    """By how much the box's crop is to be enlarged; None if that was not said."""
+    if not (found := _ZOOM.search(written)):
+        return None
+    said = found[1].strip("\"' \n\t")
+    if not _NUMBER.fullmatch(said) or not LEAST_ZOOM <= float(said) <= MOST_ZOOM:
+        raise Rejected(Reason.BAD_BOX, f"expected a zoom from {LEAST_ZOOM:g} to {MOST_ZOOM:g}, found {written[:100]!r}")
+    return float(said)
 
 
 def _space(boxes: Sequence[Box], asked: BoxSpace) -> BoxSpace:
@@ -183,7 +194,7 @@ def _region(request: BoxRequest, sizes: Sequence[Size], sent: Sequence[Size], sp
     fault = check(box, size, tolerance=max(size[0] / shown[0], size[1] / shown[1], 1.0))
     if fault is not None:
         raise Rejected(Reason.BAD_BOX, f"{list(request.coords)} ({space.kind}): {fault}")
-    return Region(clip(box, size), request.image)
+    return Region(clip(box, size), request.image, request.zoom)
 
 
 def _answer(body: str) -> str:

@@ -33,8 +33,8 @@ def turn_advantages(
     `group_advantages`, and the tokens of the look get just what `group_advantages` gives.
 
     What a turn reward pays may cancel what others pay, so that s is smaller than either: with ``scale_by_std`` all are
-    then divided once more, so that no A_i exceeds the largest advantage of an act. All are exactly 0 where the acts do not differ, and for
-    trajectories with NaN.
+    then divided once more, so that no A_i exceeds the largest advantage of an act. All are exactly 0 where the acts do
+    not differ, and for trajectories with NaN.
 
     Args:
         totals: (G,) float; NaN where a judgement failed.

@@ -23,20 +23,30 @@ from callbacks.rollout import RolloutCallback
 from callbacks.stop import CleanStop
 from callbacks.watchdog import EXIT_CODE, Watchdog
 from commands.postmortem import FaultError, report
+from commands.postmortem import main as postmortem
 from datamodules.sampler import EpochOrder, SampleLoader
 from modules import engine as engines
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import Decoding, GroupSampler, LocalEngine, Request
+from modules.objective import Objective
 from modules.policy import PolicyError
+from modules.rewards import Reward
 from modules.rgrpo import RGRPOModule
 from modules.sft import SFTModule
-from modules.trajectory import SampleBatch
+from modules.trajectory import SampleBatch, Trajectory
 from tests.conftest import make_backbone, make_samples
 from tests.fitting import Batches, fit, fresh, furthest, trainer, weights
 from tests.learning import ADAM, LIMITS, Wordiness
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Same(Reward):
+    """Likes everything."""
+
+    def __call__(self, trajectory: Trajectory) -> float:
+        return 1.0
 
 
 class Breaks(SFTModule):
@@ -120,6 +130,40 @@ def test_the_trajectory_that_broke_the_step_is_named(tmp_path: Path, zooming: Ti
     assert [line.partition(";")[0].strip() for line in lines] == [lines[0].strip()]
     assert lines[0].startswith("  sample-1 #3: 1 of ")
     assert "--- sample-1 #3, ended: " in said
+
+
+def test_a_batch_of_several_steps_counts_once_and_the_rest_is_left_out(tmp_path: Path, zooming: TimmLMBackbone) -> None:
+    class Broken(RolloutCallback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: SampleBatch, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            batch.groups[1].trajectories[2].log_probs[0] = math.nan
+
+    rollout = Broken(sampler=GroupSampler(4), rewards={"reward": Wordiness()}, decoding=Decoding(3.0, **LIMITS))
+    module = RGRPOModule(fresh(zooming), optimizer=ADAM, objective=Objective(inner_epochs=4, mini_batches=2))
+    fit(module, [SampleBatch(make_samples(2))], rollout, Faults(max_nonfinite=1), default_root_dir=tmp_path)
+    assert (module.nonfinite, module.nonfinite_in_a_row) == (1, 1)
+    assert module.trainer.global_step == 1  # the half before it
+
+
+@pytest.mark.parametrize("turns", [None, torch.tensor([[0.0, math.nan]])])
+def test_advantages_of_turns_are_looked_at(
+    turns: Tensor | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"log_probs": torch.zeros(1), "sampled": torch.ones(1, dtype=torch.bool), "text": "a", "stop": "end\x1b"}
+    told |= {"prompt_ids": torch.zeros(1), "completion_ids": torch.zeros(1)}
+    group = {"id": "one\x1b[2J", "advantages": torch.zeros(1), "trajectories": [told], "turn_advantages": turns}
+    details = {"loss": math.nan, "grad_norm": 1.0, "gradients": [], "weights": []}
+    whole = {"version": 1, "step": 0, "batch": 0, "rank": 0, "details": details, "images": [], "samples": []}
+    torch.save({**whole, "groups": [group]}, tmp_path / "x.pt")
+    said = report(str(tmp_path / "x.pt"), 1)
+    assert ("#1: 1 advantages of turns, first that of turn 2" in said) == (turns is not None)
+    assert "\x1b" not in said
+    del whole["details"]
+    torch.save({**whole, "groups": [group]}, tmp_path / "x.pt")
+    with pytest.raises(SystemExit) as end:
+        postmortem([str(tmp_path / "x.pt")])
+    assert end.value.code == 2
+    assert "parts of it are missing: KeyError('details')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, b"", b"junk", "other"])
@@ -297,6 +341,98 @@ def test_a_signal_ends_the_run_behind_its_step_and_it_goes_on_from_there(
     assert "stopped behind step 3" in capsys.readouterr().out
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
     assert furthest(whole, weights(run(ckpt_path=str(tmp_path / "last.ckpt")))) == 0
+
+
+class Measured(Resumable):
+    """The same batches to train on, one to validate on."""
+
+    def val_dataloader(self) -> Any:  # type: ignore[override]
+        return torch.utils.data.DataLoader([0], collate_fn=lambda _: SampleBatch(make_samples(1)))
+
+
+class WhileValidating(L.Callback):
+    """Asks for the end in the middle of a validation."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_signal_in_a_validation_ends_the_run_behind_it(at: int, tmp_path: Path) -> None:
+    batches = [SampleBatch(make_samples(2, seed=k)) for k in range(4)]
+    went_on: list[int] = []
+
+    class Next(L.Callback):
+        def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            went_on.append(trainer.global_step)
+
+    def run(*more: L.Callback, **options: Any) -> SFTModule:
+        module = SFTModule(make_backbone(), optimizer=partial(torch.optim.AdamW, lr=1e-3))
+        saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path, save_last=True, enable_version_counter=False)
+        often = {"limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": True}
+        trainer(tmp_path, CleanStop(), *more, Next(), saver, max_epochs=1, **often).fit(
+            module, Measured(batches), **options
+        )
+        return module
+
+    whole = weights(run())
+    went_on.clear()
+    with pytest.raises(SystemExit) as end:
+        run(WhileValidating(at))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert went_on == []  # neither an export nor the next stage
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == at
+    assert furthest(whole, weights(run(ckpt_path=str(tmp_path / "last.ckpt")))) == 0
+    assert went_on == [4]
+
+
+def test_a_signal_behind_the_last_batch_is_not_forgotten(tmp_path: Path) -> None:
+    class AtTheEnd(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        fit(SFTModule(make_backbone()), [SampleBatch(make_samples(1))], CleanStop(), AtTheEnd())
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+def test_groups_that_wait_for_a_step_are_not_lost(zooming: TimmLMBackbone) -> None:
+    """All answers are worth the same: every step waits for a second batch."""
+    module = RGRPOModule(fresh(zooming), optimizer=ADAM, objective=Objective(drop_zero_variance=True, resample=2))
+    rollout = RolloutCallback(sampler=GroupSampler(2), rewards={"same": Same()}, decoding=Decoding(**LIMITS))
+    seen: list[int] = []
+
+    class Asks(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(batch_idx)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        fit(module, [SampleBatch(make_samples(1))] * 4, CleanStop(), rollout, Asks())
+    assert seen == [0, 1]
+    assert module.waiting.batches == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        module = SFTModule(make_backbone(), optimizer=ADAM)
+        fit(module, [SampleBatch(make_samples(1))] * 2, CleanStop(), Signals(signal.SIGINT, 1))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert module.trainer.global_step == 2
+
+
+def test_a_fork_has_no_part_in_it() -> None:
+    stop = CleanStop()
+    stop._process = os.getpid() + 1  # as seen from a fork
+    stop._ask(signal.SIGINT, None)
+    assert stop.asked is None
 
 
 def test_a_second_interrupt_ends_at_once() -> None:

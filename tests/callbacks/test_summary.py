@@ -146,3 +146,26 @@ def test_ranks_are_added_up_and_a_row_of_several_is_one() -> None:
     assert "3 rows left out; 5 boxes refused (arity 1, json 4); 2 steps left out" in spoken(found, Path("x"))
     quiet = summed([{"rows": [], "counts": dict.fromkeys(health, 0)}], 0, "finished")
     assert "nothing was left out" in spoken(quiet, Path("x"))
+
+
+def test_a_record_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = JsonLines()
+    log.open(tmp_path / "log.jsonl")
+    log.handle(logging.LogRecord("x", logging.WARNING, "", 1, "%d", ("x",), None))
+    assert "Logging error" in capsys.readouterr().err  # it is said where it can be
+    assert (tmp_path / "log.jsonl").read_text() == ""
+    log.open(Path("/dev/full"))
+    log.handle(logging.LogRecord("x", logging.WARNING, "", 1, "a", (), None))
+    assert "No space left" in capsys.readouterr().err
+    assert log.warnings == 2
+
+
+def test_a_summary_that_cannot_be_written_does_not_hide_the_error(
+    zooming: TimmLMBackbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "summary.fit.json").mkdir()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(zooming, tmp_path, stop_at=0)
+    assert "The summary could not be written" in caplog.text

@@ -88,6 +88,10 @@ def test_the_page_needs_and_runs_nothing() -> None:
 
 def test_what_steers_a_terminal_is_spelt_out() -> None:
     assert printable("a\tb\nc\x1b[31m\x07é 中") == "a\tb\nc\\x1b[31m\\x07é 中"
+    assert printable("a\ud83d\u2066b\u200f") == "a\\ud83d\\u2066b\\u200f"
+    # words and emoji need their joiners
+    joined = "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f52c"
+    assert printable(joined) == joined
 
 
 def test_the_telling_only_grows_and_ends_as_the_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def asking(**given: str) -> AskedDataModule:
+    data = AskedDataModule()
+    data.ask(**given)  # type: ignore[arg-type]
+    return data
+
+
 def asked(data: AskedDataModule) -> tuple[list[str], list[str]]:
     """The ids that come, and what is left out."""
     data.setup("predict")
@@ -31,7 +37,7 @@ def asked(data: AskedDataModule) -> tuple[list[str], list[str]]:
 
 
 def test_a_folder_gives_its_pictures_by_name_and_names_the_broken_one(folder: Path) -> None:
-    ids, left_out = asked(AskedDataModule(ask_image=str(folder), ask_question="?"))
+    ids, left_out = asked(asking(image=str(folder), question="?"))
     assert ids == ["a.JPG", "b.png"]
     assert len(left_out) == 1
     assert "broken.png: not an image" in left_out[0]
@@ -40,7 +46,7 @@ def test_a_folder_gives_its_pictures_by_name_and_names_the_broken_one(folder: Pa
 def test_one_picture_is_taken_whatever_its_name(folder: Path) -> None:
     named = folder / "photo"
     (folder / "b.png").rename(named)
-    data = AskedDataModule(ask_image=str(named), ask_question="What?")
+    data = asking(image=str(named), question="What?")
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     assert (batch.samples[0].question, batch.samples[0].images[0].shape) == ("What?", (3, 6, 8))
@@ -49,7 +55,7 @@ def test_one_picture_is_taken_whatever_its_name(folder: Path) -> None:
 def test_a_link_that_the_user_names_may_lead_anywhere(folder: Path, tmp_path: Path) -> None:
     link = tmp_path / "below" / "link.png"
     link.symlink_to(folder / "b.png")
-    assert asked(AskedDataModule(ask_image=str(link), ask_question="?")) == (["link.png"], [])
+    assert asked(asking(image=str(link), question="?")) == (["link.png"], [])
 
 
 def test_a_file_of_questions_needs_only_these_and_stays_in_its_folder(folder: Path) -> None:
@@ -61,7 +67,7 @@ def test_a_file_of_questions_needs_only_these_and_stays_in_its_folder(folder: Pa
     ]
     lines = [*map(json.dumps, rows), "not JSON", "7"]
     (folder / "q.jsonl").write_text("\n".join(lines))
-    ids, left_out = asked(AskedDataModule(ask_file=str(folder / "q.jsonl")))
+    ids, left_out = asked(asking(file=str(folder / "q.jsonl")))
     assert ids == ["q-1", "mine"]
     assert [line.partition("q.jsonl:")[2].partition(":")[0] for line in left_out] == ["3", "4", "5", "6"]
     assert "inside the data folder" in left_out[0]
@@ -74,7 +80,7 @@ def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         pictures(tmp_path)
 
 
-@pytest.mark.parametrize("given", [{}, {"ask_image": "a"}, {"ask_image": "a", "ask_question": "?", "ask_file": "b"}])
+@pytest.mark.parametrize("given", [{}, {"image": "a"}, {"image": "a", "question": "?", "file": "b"}])
 def test_half_a_question_is_refused(given: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="Expected an image"):
-        AskedDataModule(**given)
+        asking(**given)

@@ -66,6 +66,15 @@ def test_boxes_become_original_pixels(write_list: Callable[..., Path], samples: 
     assert (sample.answers, sample.source, sample.id) == (("7",), "vlir", "data-1")
 
 
+def test_a_zoom_that_was_written_is_kept(
+    write_list: Callable[..., Path], samples: Callable[[Path], list[Sample]]
+) -> None:
+    zoomed = BOX.replace("407]", '407], "zoom": 4')
+    (sample,) = samples(write_list([_sft(response_list=[f"<think>Look {zoomed}", "<answer>7</answer>"])]))
+    assert sample.rationale[0].region is not None
+    assert sample.rationale[0].region.zoom == 4.0
+
+
 def test_limits_decide_how_boxes_are_read(write_list: Callable[..., Path], tmp_path: Path) -> None:
     Image.new("RGB", (640, 428)).save(tmp_path / "a.png")
     path = str(write_list([_sft(response_list=['Look {"bbox_2d": [0, 0, 28, 28]}\n', "7"])]))

@@ -80,6 +80,8 @@ def test_slips_that_leave_no_doubt_are_mended(text: str) -> None:
         (GOOD.replace("[100, 50, 200, 150]", "[200, 50, 100, 150]"), Reason.BAD_BOX, "order"),  # or width and height
         (GOOD.replace("200, 150]", "500, 150]"), Reason.BAD_BOX, "outside"),  # or thousandths, or original pixels
         (GOOD.replace("150]", '150], "image": 1'), Reason.BAD_BOX, "image 1"),
+        (GOOD.replace("150]", '150], "zoom": 9'), Reason.BAD_BOX, "zoom from 0.25 to 8"),
+        (GOOD.replace("150]", '150], "zoom": "close"'), Reason.BAD_BOX, "zoom from 0.25 to 8"),
     ],
 )
 def test_what_could_mean_two_things_is_refused(text: str, reason: Reason, why: str) -> None:
@@ -99,3 +101,9 @@ def test_boxes_are_converted_from_the_space_that_was_asked_for(space: SpaceKind,
 def test_a_box_may_name_another_image_and_touch_the_border() -> None:
     text = GOOD.replace(BOX, '{"bbox_2d": [0, 0, 400, 201], "image": 1}')  # one unit of rounding beyond it
     assert read(text, images=2).regions == (Region((0.0, 0.0, 800.0, 400.0), 1),)
+
+
+@pytest.mark.parametrize("written", ['"zoom": 2.5', "'zoom': '2.5'", '"zoom": "2.5", "label": "the sign"'])
+def test_a_zoom_that_was_written_is_kept(written: str) -> None:
+    draft = read(GOOD.replace("150]", f"150], {written}"))
+    assert draft.regions == (Region(PLACE, zoom=2.5),)
