@@ -183,7 +183,8 @@ def test_a_step_beside_the_policy_gradient_is_what_a_naive_loop_gives(
     module = RGRPOModule(exact(zooming), optimizer=SGD, clip_norm=1e9, grounding=ALL, **options)
     (row,) = fit(module, [batch_of(made)]).rows
     assert furthest(term, before) > 1e-3
-    assert furthest(weights(module.backbone), expected) < 1e-6
+    # log-probabilities are float32 in between, and gradients through crops of noise are large
+    assert furthest(weights(module.backbone), expected) < 1e-5
     assert 0 < row["train/grounding/answers"] < sum(right) <= row["train/grounding/boxes"] + sum(right)
 
 
@@ -250,7 +251,7 @@ def test_ranks_divide_by_what_all_of_them_have(
     before = weights(exact(zooming))
     both = {n: before[n] + sum(rank[n] - before[n] for rank in ranks) for n in before}
     assert furthest(whole, before) > 1e-3
-    assert furthest(both, whole) < 1e-6
+    assert furthest(both, whole) < 1e-5
 
 
 def grounded(backbone: TimmLMBackbone, trajectories: Sequence[Trajectory], given: Grounding) -> tuple[Any, Any, Any]:
