@@ -204,8 +204,9 @@ class RunProgressBar(TQDMProgressBar):
         self._due = time.monotonic() + self.line_seconds
 
     def _stage_line(self, stage: str, batch_idx: int, total: float) -> None:
-        elapsed = time.monotonic() - self._stage_started
-        self._say(f"{stage}  batch {batch_idx + 1}/{total}  {clock(elapsed)}")
+        elapsed, done = time.monotonic() - self._stage_started, batch_idx + 1
+        left = f" + {clock(elapsed * (total - done) / done)} left" if total < float("inf") else ""
+        self._say(f"{stage}  batch {done}/{total}  {clock(elapsed)}{left}  {pace(done, elapsed, 'batch')}")
         self._due = time.monotonic() + self.line_seconds
 
     def _table(self, trainer: pl.Trainer, prefix: str) -> None:
@@ -239,11 +240,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def pace(steps: int, seconds: float) -> str:
-    """Steps per second, or seconds per step where that is the larger number."""
-    if steps == 0 or seconds == 0:
-        return "- step/s"
-    return f"{steps / seconds:.2f} step/s" if steps >= seconds else f"{seconds / steps:.2f} s/step"
+def pace(count: int, seconds: float, unit: str = "step") -> str:
+    """Units per second, or seconds per unit where that is the larger number."""
+    if count == 0 or seconds == 0:
+        return f"- {unit}/s"
+    return f"{count / seconds:.2f} {unit}/s" if count >= seconds else f"{seconds / count:.2f} s/{unit}"
 
 
 def spaced(metrics: Mapping[str, str]) -> str:

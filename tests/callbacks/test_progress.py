@@ -3,7 +3,6 @@
 import io
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +184,23 @@ def test_refresh_rate_zero_is_silent(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == ""
 
 
-def test_long_evaluation_tells_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_evaluation_tells_where_it_is_and_how_long_it_will_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: now[0])
+
     class Slow(Model):
         def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-            time.sleep(0.02)
+            now[0] += 20.0
 
     trainer(tmp_path, RunProgressBar(line_seconds=0.01)).test(Slow(), loader(3))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test")]
-    assert lines == ["test  batch 1/3  0:00", "test  batch 2/3  0:00", "test  batch 3/3  0:00"]
+    assert lines == [
+        "test  batch 1/3  0:20 + 0:40 left  20.00 s/batch",
+        "test  batch 2/3  0:40 + 0:20 left  20.00 s/batch",
+        "test  batch 3/3  1:00 + 0:00 left  20.00 s/batch",
+    ]
 
 
 def test_formats() -> None:
