@@ -202,7 +202,7 @@ class Rolled:
 
     trajectories: list[Trajectory]
     hidden: Tensor  # (B * STEPS, D) where a written token is predicted, trajectory after trajectory
-    last: Tensor  # (STEPS, B) long, the columns of these positions in each of the passes
+    last: Tensor  # (STEPS, B) long, which of a step's tokens, in each trajectory, these positions are
 
 
 def roll_out(backbone: Backbone, rows: Sequence[Script]) -> Rolled:
@@ -266,17 +266,22 @@ def first_different(backbone: Backbone, rows: Sequence[Script], tolerance: float
         if isinstance(module, GradientCheckpointingLayer)
         and all(backbone.part(f"{name}.{own}") == "language" for own, _ in module.named_parameters())
     }
-    with outputs_of(layers) as rolled:
-        rollout = roll_out(backbone, rows)
-    batch = collate(backbone, rollout.trajectories)
+    rollouts = []
+    for row in rows:  # each alone: then every step is one pass
+        with outputs_of(layers) as rolled:
+            rollouts.append((rolled, roll_out(backbone, [row])))
+    batch = collate(backbone, [rollout.trajectories[0] for _, rollout in rollouts])
     with outputs_of(layers) as learned:
         backbone.hidden_states(batch)
-    each = torch.arange(len(rows), device=backbone.device)
     for name in layers:
-        if len(rolled[name]) != STEPS or len(learned[name]) != 1:
+        if any(len(rolled[name]) != STEPS for rolled, _ in rollouts) or len(learned[name]) != 1:
             continue  # it does not run once a pass
-        passes = [outputs[each, last] for outputs, last in zip(rolled[name], rollout.last, strict=True)]
-        a = torch.stack(passes, 1).flatten(0, 1).float()
+        a = torch.cat(
+            [
+                torch.cat([outputs[0, last] for outputs, last in zip(rolled[name], rollout.last, strict=True)])
+                for rolled, rollout in rollouts
+            ]
+        ).float()
         b = learned[name][0].flatten(0, 1)[batch.predictors].float()
         worst = float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
         if not worst <= tolerance / LARGEST_OF_MANY:  # NaN differs

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.backbones.base import packed_mask
+from modules.backbones import base
+from modules.backbones.base import packed_mask, row_runs
 from modules.backbones.cache import RaggedCache
 from modules.backbones.fragments import FragmentVocabulary, fragment_tokenizer
 from modules.backbones.projectors import ProjectorConfig
@@ -149,6 +150,46 @@ def test_shared_prefix_rows_equal_separate_rows_in_values_and_gradients() -> Non
     assert len(gradients) == len(expected) > 20
     for a, b in zip(gradients, expected, strict=True):
         assert (a - b).abs().max() <= 1e-4 * max(1.0, float(b.abs().max()))
+
+
+def test_rows_in_runs_of_their_length_equal_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = make_backbone()
+    batch = collate(backbone, trajectories(backbone))
+    assert (batch.segment_ids < 0).any()
+    results = []
+    for positions in (10_000, 1):
+        monkeypatch.setattr(base, "RUN", positions)
+        monkeypatch.setattr(base, "BUSY", 1)
+        monkeypatch.setattr(base, "PADDING", 1.0)
+        backbone.zero_grad()
+        found = token_log_probs(backbone, batch, chunk=1000)[0]
+        found.sum().backward()
+        gradients = [p.grad.clone() for p in backbone.parameters() if p.grad is not None]
+        results.append((found.detach(), gradients, len(row_runs(batch.segment_ids))))
+    (together, expected, one), (apart, gradients, many) = results
+    assert (one, many) == (1, 2)  # of three rows, two are equally long
+    assert (together - apart).abs().max() < 1e-5
+    assert len(gradients) == len(expected) > 20
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * max(1.0, float(b.abs().max()))
+
+
+def test_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor([3, 9, 1, 8, 2])
+    segments = torch.where(torch.arange(9) < lengths[:, None], 0, -1)
+    monkeypatch.setattr(base, "RUN", 12)
+    monkeypatch.setattr(base, "PADDING", 1.2)
+    found = {}
+    for busy in (1, 10):
+        monkeypatch.setattr(base, "BUSY", busy)
+        found[busy] = [(rows.tolist(), length) for rows, length in row_runs(segments)]
+    # 18 positions for 17 tokens, 27 for 20 would be too many; 6 for 5, 9 for 6 would be; below 10 it does not matter
+    assert found == {1: [([1, 3], 9), ([0, 4], 3), ([2], 1)], 10: [([1, 3], 9), ([0, 4, 2], 3)]}
+    monkeypatch.setattr(base, "RUN", 45)  # as many positions as there are
+    assert [rows.tolist() for rows, _ in row_runs(segments)] == [[0, 1, 2, 3, 4]]
+    monkeypatch.setattr(base, "RUN", 12)
+    monkeypatch.setattr(base, "PADDING", 2.0)  # 45 positions for 23 tokens are less
+    assert [rows.tolist() for rows, _ in row_runs(segments)] == [[0, 1, 2, 3, 4]]
 
 
 def test_packed_mask_hides_other_completions_and_padding_from_the_rest() -> None:
