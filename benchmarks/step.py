@@ -1,20 +1,17 @@
 """One optimizer step of R-GRPO, single turn: this project against TRL's `GRPOTrainer` with Hugging Face generation.
 
-    python -m benchmarks.step --steps 4
+    python -m benchmarks.run --rows step
 
 Both train the same tiny random Qwen2.5-VL (hidden 128, 4 layers, 4 heads, vocabulary 152,064) on one image of
 224 x 224 a question: 2 questions x 8 completions of 64 tokens, a random reward, no KL, one batch, float32, vision
-tower frozen. Prints JSON: seconds of each step (rollout, reward, update), and the ratio of the medians without the
-first step. The two run one after the other: on a machine that does other things besides, look at the spread first.
+tower frozen, fused AdamW. The two take turns, step by step.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,9 @@ from torch.utils.data import DataLoader
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.alternating import Alternating
 from benchmarks.families import FAMILIES, tokenizer_of
+from benchmarks.table import Row, ratio, seconds_of
 from callbacks.rollout import RolloutCallback
 from modules.backbones.qwen_vl import QwenVLBackbone
 from modules.engine import Decoding, GroupSampler
@@ -67,22 +66,6 @@ class Same(L.LightningDataModule):
         return batch
 
 
-class Clock(L.Callback):
-    """Seconds of whole iterations; stands before the callback that rolls out."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.start = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Begin."""
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """End."""
-        self.seconds.append(time.perf_counter() - self.start)
-
-
 def pictures() -> list[NDArray[np.uint8]]:
     """One image a question."""
     random = np.random.default_rng(0)
@@ -112,38 +95,61 @@ def build_model(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def ours(folder: Path, steps: int) -> list[float]:
-    """Seconds a step of `RGRPOModule` and `RolloutCallback`."""
-    policy = RGRPOModule(
+def our_policy(folder: Path) -> RGRPOModule:
+    """The same model, optimizer and frozen tower as the peer's."""
+    return RGRPOModule(
         QwenVLBackbone(str(folder), dtype="float32", instruction=""),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=True),
         freeze=["vision"],
         objective=Objective(drop_zero_variance=False),
     )
-    rollout = RolloutCallback(
-        sampler=GroupSampler(GROUP),
-        rewards={"random": RandomReward()},
-        decoding=Decoding(max_turns=1, max_turn_tokens=NEW_TOKENS),
-    )
-    clock = Clock()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock, rollout],
-    )
-    trainer.fit(policy, Same(steps))
-    return clock.seconds
 
 
-def theirs(folder: Path, steps: int) -> list[float]:
-    """Seconds a step of TRL's trainer: generation, reward and update are all in its `training_step`."""
+class Peer:
+    """TRL's trainer, in a thread of its own that waits between two steps; `step` lets it make one.
+
+    A step is all of it: generation, reward, loss, gradient, clipping, optimizer (`transformers`' default, the fused
+    AdamW).
+    """
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._failed: BaseException | None = None
+        self._trainer = trl_trainer(folder, steps, self._go, self._done)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._wait()  # until its first step is to begin
+
+    def _run(self) -> None:
+        try:
+            self._trainer.train()
+        except BaseException as error:  # raised again where somebody waits for the step
+            self._failed = error
+        finally:
+            self._done.release()
+
+    def _wait(self) -> None:
+        self._done.acquire()
+        if self._failed is not None:
+            raise RuntimeError("Expected TRL's trainer to make a step, but it failed.") from self._failed
+
+    def step(self) -> None:
+        """From the beginning of an optimizer step to that of the next one."""
+        self._go.release()
+        self._wait()
+
+
+def trl_trainer(folder: Path, steps: int, go: threading.Semaphore, done: threading.Semaphore) -> Any:
+    """The trainer, which says ``done`` where a step is to begin and waits there for ``go``."""
     from datasets import Dataset
+    from transformers import TrainerCallback
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            done.release()
+            go.acquire()
 
     asked = [{"role": "user", "content": TEXT}]
     rows = [{"prompt": asked, "image": Image.fromarray(pixels)} for pixels in pictures()] * steps
@@ -166,38 +172,56 @@ def theirs(folder: Path, steps: int) -> list[float]:
     )
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     model.model.visual.requires_grad_(False)
-    seconds: list[float] = []
-
-    class Timed(GRPOTrainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = super().training_step(*args, **kwargs)
-            seconds.append(time.perf_counter() - start)
-            return result
-
-    Timed(
+    return GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: torch.rand(len(completions)).tolist(),
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=Qwen2_5_VLProcessor.from_pretrained(folder),
-    ).train()
-    return seconds
+        callbacks=[Turns()],
+    )
 
 
-def main() -> None:
-    """Run both and print what they took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="of each; the first is not counted")
-    steps = parser.parse_args().steps
+def against_trl(steps: int = 3, warm_up: int = 1) -> Row:
+    """Trajectories a second of a whole optimizer step of ours over TRL's, in turns within one run.
+
+    Args:
+        steps: of each side that count.
+        warm_up: steps of each side before that.
+    """
     transformers_logging.set_verbosity_error()
+    all_steps = steps + warm_up
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_model(folder)
-        mine, peer = ours(folder, steps), theirs(folder, steps)
-    ratio = statistics.median(peer[1:]) / statistics.median(mine[1:])
-    print(json.dumps({"seconds": mine, "trl_seconds": peer, "times_as_fast": round(ratio, 2)}))
+        clock = Alternating(Peer(folder, all_steps).step, warm_up)
+        rollout = RolloutCallback(
+            sampler=GroupSampler(GROUP),
+            rewards={"random": RandomReward()},
+            decoding=Decoding(max_turns=1, max_turn_tokens=NEW_TOKENS),
+        )
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=all_steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[clock, rollout],
+        )
+        trainer.fit(our_policy(folder), Same(all_steps))
+    value, spread = ratio(clock.seconds["other"], clock.seconds["ours"])
+    return Row(
+        "trajectories/s of a whole optimizer step, single turn / TRL's GRPOTrainer",
+        value,
+        target=10.0,
+        at_most=False,
+        spread=spread,
+        detail={
+            "seconds_a_step": seconds_of({"ours": clock.seconds["ours"], "trl": clock.seconds["other"]}),
+            "trajectories": QUESTIONS * GROUP,
+        },
+    )
 
 
-if __name__ == "__main__":
-    main()
+ROWS: dict[str, Callable[[], Row]] = {"step": against_trl}

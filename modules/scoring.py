@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.backbones.base import Backbone
-from modules.functional.linear_head import linear_log_probs
+from modules.functional.linear_head import Terms, linear_log_probs, linear_loss
 from modules.functional.losses import in_chunks, selected_log_probs
 from modules.functional.packing import pack
 from modules.trajectory import Trajectory, TrajectoryBatch
@@ -48,10 +48,10 @@ def token_log_probs(
     """
     if hidden is None:
         hidden = predicting(backbone, batch)
-    layer, size = backbone.linear_head, max(AT_ONCE // len(backbone.banned), 1)
-    if layer is not None and len(hidden) > size and not torch.is_autocast_enabled(hidden.device.type):
+    layer, size = large_head(backbone, hidden, chunk)
+    if layer is not None:
         log_probs, entropy = linear_log_probs(
-            hidden, layer.weight, layer.bias, batch.targets, batch.temperature, backbone.banned, min(chunk, size)
+            hidden, layer.weight, layer.bias, batch.targets, batch.temperature, backbone.banned, size
         )
         return log_probs, entropy if entropy_gradient else entropy.detach()
 
@@ -60,3 +60,36 @@ def token_log_probs(
 
     log_probs, entropy = in_chunks(select, hidden, batch.targets, size=chunk)
     return log_probs, entropy
+
+
+def token_loss(
+    backbone: Backbone,
+    batch: TrajectoryBatch,
+    chunk: int,
+    terms: Terms,
+    entropy_gradient: bool = False,
+    hidden: Tensor | None = None,
+    whole: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss over sampled tokens, their log-probabilities (T,) and entropies (T,), without gradient.
+
+    ``terms(log_probs, entropy, own)`` is what the tokens ``own``, a slice of T, add to the loss. It is called once for
+    all, or, where there are many logits, for a chunk at a time (see `linear_loss`); with ``whole``, once in any case,
+    for a loss that is no sum over tokens. Others: see `token_log_probs`.
+    """
+    if hidden is None:
+        hidden = predicting(backbone, batch)
+    layer, size = large_head(backbone, hidden, chunk)
+    if layer is not None and not whole:
+        return linear_loss(
+            hidden, layer.weight, layer.bias, batch.targets, batch.temperature, backbone.banned, size, terms
+        )
+    log_probs, entropy = token_log_probs(backbone, batch, chunk, entropy_gradient, hidden)
+    return terms(log_probs, entropy, slice(0, len(log_probs))), log_probs.detach(), entropy.detach()
+
+
+def large_head(backbone: Backbone, hidden: Tensor, chunk: int) -> tuple[nn.Linear | None, int]:
+    """The output layer, if (T, D) hidden states have too many logits to hold at once, and tokens a chunk then."""
+    size = max(AT_ONCE // len(backbone.banned), 1)
+    large = len(hidden) > size and not torch.is_autocast_enabled(hidden.device.type)
+    return backbone.linear_head if large else None, min(chunk, size)

@@ -21,6 +21,8 @@ from modules.trajectory import Region, Sample, TrajectoryBatch, Visual
 
 Part = Literal["vision", "projector", "language"]
 PARTS: tuple[Part, ...] = get_args(Part)
+RUN, BUSY = 8192, 1024  # positions; see `row_runs`
+PADDING = 1.05  # positions over tokens up to which rows stay together; likewise
 
 
 class Backbone(nn.Module, ABC):
@@ -227,12 +229,21 @@ class Backbone(nn.Module, ABC):
         return embeddings.masked_scatter(is_visual[..., None], torch.cat(list(features)).to(embeddings.dtype))
 
     def hidden_states(self, batch: TrajectoryBatch) -> Tensor:
-        """(R, L, D) of a packed batch, the learner's full pass."""
+        """(R, L, D) of a packed batch, the learner's full pass; what stands where there is padding means nothing."""
         features = self.features(batch.visuals) if batch.visuals else []
         placed = [features[k] for k in batch.visual_order.tolist()]
         embeddings = self.merge(self.embed(batch.token_ids), batch.is_visual, placed)
         blocks = visual_blocks(batch.is_visual) if self.bidirectional_visuals else None
-        return self(embeddings, batch.position_ids, packed_mask(batch.segment_ids, blocks))
+        runs = row_runs(batch.segment_ids)
+        if len(runs) == 1:
+            return self(embeddings, batch.position_ids, packed_mask(batch.segment_ids, blocks))
+        parts = []
+        for rows, length in runs:
+            own = None if blocks is None else blocks[rows, :length]
+            mask = packed_mask(batch.segment_ids[rows, :length], own)
+            hidden = self(embeddings[rows, :length], batch.position_ids[:, rows, :length], mask)
+            parts.append(nn.functional.pad(hidden, (0, 0, 0, embeddings.shape[1] - length)))
+        return torch.cat(parts)[torch.cat([rows for rows, _ in runs]).argsort()]
 
 
 def see_images(backbone: Backbone, samples: Sequence[Sample]) -> list[tuple[Visual, ...]]:
@@ -246,6 +257,32 @@ def visual_blocks(is_visual: Tensor) -> Tensor:
     """(B, L) long, a number for each run of placeholders (B, L) in a row; -1 where there is none."""
     starts = is_visual & ~torch.cat([torch.zeros_like(is_visual[:, :1]), is_visual[:, :-1]], 1)
     return torch.where(is_visual, starts.cumsum(1), -1)
+
+
+def row_runs(segment_ids: Tensor) -> list[tuple[Tensor, int]]:
+    """Packed rows (R, L) by length, in runs that go through the layers together, so that little is computed of padding.
+
+    A run ends where a further row would make more than `PADDING` of it, once it has `BUSY` positions, which keep a
+    machine busy. Up to `RUN` positions are one run, and so are rows that hardly differ in length.
+
+    Returns:
+        of each run its rows (r,) long, and the length of the longest.
+    """
+    lengths = (segment_ids >= 0).sum(1)
+    whole = torch.arange(len(lengths), device=lengths.device), segment_ids.shape[1]
+    if segment_ids.numel() <= max(RUN, PADDING * int(lengths.sum())):
+        return [whole]
+    order = lengths.argsort(descending=True, stable=True)
+    ranked = lengths[order].tolist()
+    runs, start, tokens = [], 0, 0
+    for stop, length in enumerate(ranked):
+        positions = (stop - start) * ranked[start]
+        if positions >= BUSY and positions + ranked[start] > PADDING * (tokens + length):
+            runs.append((order[start:stop], ranked[start]))
+            start, tokens = stop, 0
+        tokens += length
+    runs.append((order[start:], ranked[start]))
+    return runs
 
 
 def packed_mask(segment_ids: Tensor, blocks: Tensor | None = None) -> Tensor:

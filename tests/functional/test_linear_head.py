@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.functional.linear_head import linear_log_probs
+from modules.functional.linear_head import linear_log_probs, linear_loss
 from modules.functional.losses import selected_log_probs
 
 BANNED = torch.isin(torch.arange(11), torch.tensor([0, 10]))
@@ -49,6 +49,53 @@ def test_gradcheck() -> None:
         return linear_log_probs(hidden, weight, bias, TARGETS, 1.3, BANNED, 2)
 
     assert torch.autograd.gradcheck(both, tensors)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 100])
+@pytest.mark.parametrize("exploring", [False, True])
+def test_a_loss_has_the_gradient_of_whole_logits_in_one_pass(
+    bias: bool, temperature: float, size: int, exploring: bool
+) -> None:
+    tensors = inputs(bias)
+    hidden, weight, b = (*tensors, None)[:3]
+    factors = torch.linspace(-1, 2, 5, dtype=torch.float64)
+    seen: list[slice] = []
+
+    def terms(log_probs: Tensor, entropy: Tensor, own: slice) -> Tensor:
+        seen.append(own)
+        clipped = log_probs.exp().clamp(max=0.2)  # no gradient above: a weight that only the loss knows
+        return (factors[own] * clipped).sum() + (3.0 * (factors[own] * entropy).sum() if exploring else 0.0)
+
+    logits = torch.nn.functional.linear(hidden, weight, b)
+    expected = selected_log_probs(logits, TARGETS, temperature, BANNED, entropy_gradient=True)
+    loss = terms(*expected, slice(0, 5))
+    seen.clear()
+    found, log_probs, entropy = linear_loss(hidden, weight, b, TARGETS, temperature, BANNED, size, terms)
+    assert seen == [slice(k, min(k + size, 5)) for k in range(0, 5, size)]
+    torch.testing.assert_close(found, loss, rtol=0, atol=1e-12)
+    torch.testing.assert_close((log_probs, entropy), tuple(x.detach() for x in expected), rtol=0, atol=1e-12)
+    assert not log_probs.requires_grad
+    mine, theirs = torch.autograd.grad(0.3 * found, tensors), torch.autograd.grad(0.3 * loss, tensors)
+    for a, e in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+        assert a.abs().max() > 1e-3
+
+
+def test_a_loss_is_differentiated_once() -> None:
+    hidden, weight = inputs(bias=False)
+    loss, _, _ = linear_loss(hidden, weight, None, TARGETS, 1.0, BANNED, 2, lambda log_probs, *_: log_probs.sum())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_a_banned_target_has_no_probability() -> None:
+    hidden, weight = inputs(bias=False)
+    log_probs, entropy = linear_log_probs(hidden, weight, None, torch.tensor([1, 0, 3, 3, 5]), 1.0, BANNED, 2)
+    assert log_probs.isneginf().tolist() == [False, True, False, False, False]
+    assert bool(entropy.isfinite().all())
 
 
 def test_half_precision_is_normalised_in_float32() -> None:
