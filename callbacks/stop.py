@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.requeue import NOTICE, SIGNAL, PutBack, job_name, leave_to_us
+from callbacks.rollout import RolloutCallback
 from modules.rgrpo import RGRPOModule
 
 ASKED = (signal.SIGTERM, signal.SIGINT)
@@ -25,12 +27,23 @@ class CleanStop(L.Callback):
     that they wait for. The process exits with 128 plus the signal's number, as shells have it. A second Ctrl-C ends at
     once, without a checkpoint. Handlers are taken over while a fit runs, in the main thread only; a Ctrl-C that
     the process was started to ignore, as a job in the background, stays ignored.
+
+    In a SLURM job, SIGUSR1 and SIGTERM end the run in the same way with `PutBack`, whose code is 0: whoever runs the
+    command line then puts the job back into the queue. SIGUSR1 is heeded as soon as this callback exists, and by all
+    runs of the process after it: it also ends a test that can be gone on with (``rollout.resume``), behind its batch.
+    A test that cannot is ended only where another run came before it in this process, for it would never get further.
     """
 
     def __init__(self) -> None:
+        NOTICE.listen()
         self.asked: int | None = None  # the signal
         self._before: dict[int, Any] = {}
         self._process = 0  # whose handlers they are
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have nobody else requeue; count the runs of this process."""
+        leave_to_us(trainer)
+        NOTICE.runs += 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over: now, for Lightning has only just taken them, and would add itself to earlier handlers.
@@ -42,6 +55,9 @@ class CleanStop(L.Callback):
             self._process = os.getpid()
             heeded = [number for number in ASKED if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._ask) for number in heeded}
+        if trainer.is_global_zero and (job := job_name(os.environ)) is not None:
+            restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+            print(f"SLURM job {job}, restarts {restarts}: training begins at step {trainer.global_step}", flush=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,6 +82,17 @@ class CleanStop(L.Callback):
             checkpoint.on_validation_end(trainer, pl_module)  # they come behind this, and what was measured is theirs
         self._stop(trainer)
 
+    def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """End a test, each rank by itself: they may have different numbers of batches, and all lines are on disk.
+
+        Raises:
+            PutBack: SLURM has announced the end.
+        """
+        resumes = any(isinstance(c, RolloutCallback) and c.resume for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if NOTICE.came and (resumes or NOTICE.runs > 1) and (job := job_name(os.environ)) is not None:
+            kept = "what the test has answered is kept" if resumes else "the test begins anew"
+            raise PutBack(job, SIGNAL, kept, trainer.is_global_zero)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same behind all, for what comes after a fit would begin; else give the signals back.
 
@@ -81,7 +108,7 @@ class CleanStop(L.Callback):
         self._give_back()
 
     def _asked(self, trainer: L.Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False)
+        return trainer.strategy.reduce_boolean_decision(self.asked is not None or NOTICE.came, all=False)
 
     def _stop(self, trainer: L.Trainer) -> NoReturn:
         file = None
@@ -89,10 +116,17 @@ class CleanStop(L.Callback):
         if checkpoint is not None and checkpoint.dirpath is not None:
             file = Path(checkpoint.dirpath) / "last.ckpt"
             trainer.save_checkpoint(file, weights_only=False)  # with the optimizer
+        where = "no checkpoint is configured" if file is None else f"`--ckpt_path=last` goes on from {file}"
         if trainer.is_global_zero:
-            where = "no checkpoint is configured" if file is None else f"`--ckpt_path=last` goes on from {file}"
             print(f"stopped behind step {trainer.global_step}; {where}", flush=True)
-        raise SystemExit(128 + (self.asked or signal.SIGTERM))
+        number = self.asked or (SIGNAL if NOTICE.came else signal.SIGTERM)
+        by_slurm = NOTICE.came or self.asked == signal.SIGTERM  # not by Ctrl-C
+        job = job_name(os.environ)
+        if job is not None and trainer.strategy.reduce_boolean_decision(by_slurm, all=False):
+            if signal.SIGTERM in self._before:  # which comes as soon as the first rank has put the job back
+                self._before[signal.SIGTERM] = signal.SIG_IGN
+            raise PutBack(job, number, where, trainer.is_global_zero)
+        raise SystemExit(128 + number)
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():

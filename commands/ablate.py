@@ -23,6 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from callbacks.requeue import NOTICE, SIGNAL, PutBack, job_name
 from commands.cli import cli, first_rank, write_json
 from commands.grid import Cell, Grid, cells, check_grid
 from commands.jobs import run_all
@@ -211,7 +212,12 @@ def note_failure(folder: Path, error: BaseException) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a stage's folder; wait for whoever runs the stage now. Other ranks follow the first."""
+    """Hold the lock of a stage's folder; wait for whoever runs the stage now. Other ranks follow the first.
+
+    Raises:
+        SystemExit: SLURM has announced the end of a job that waits.
+    """
+    NOTICE.listen()
     if not first_rank():
         yield
         return
@@ -221,8 +227,19 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"ablate: {folder} is being run by another process; waiting for it", flush=True)
-        lock.acquire(poll_interval=POLL)
+        while not taken(lock):
+            if NOTICE.came and (job := job_name(os.environ)) is not None:
+                sys.exit(PutBack(job, SIGNAL, "it has only waited", first=True).settle())
     try:
         yield
     finally:
         lock.release()
+
+
+def taken(lock: FileLock) -> bool:
+    """Whether a lock could be had within `POLL` seconds."""
+    try:
+        lock.acquire(timeout=POLL)
+    except Timeout:
+        return False
+    return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ import modules  # noqa: F401
 from callbacks.board import Board
 from callbacks.faults import Faults
 from callbacks.preflight import Preflight
+from callbacks.requeue import PutBack
 from callbacks.rollout import RolloutCallback
 from callbacks.stop import CleanStop
 from callbacks.summary import Summary
@@ -40,6 +42,7 @@ from callbacks.throughput import Throughput
 from callbacks.watchdog import Watchdog
 from commands.suggest import Parser
 from datamodules.asked import AskedDataModule
+from modules.checkpoints import others
 from modules.policy import PolicyError, PolicyModule
 
 NEEDED = ("state_dict", "pytorch-lightning_version")  # of a checkpoint
@@ -132,6 +135,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A test in the folder of a fit does not overwrite the configuration of the fit; a checkpoint runs no code."""
         config = self.config[self.subcommand]
+        check_folder(Path(config.run_dir))
         if config.weights_only is None:  # Lightning would leave it to torch, and take it for false from a URL
             config.weights_only = True
         if self.subcommand != "fit":
@@ -165,8 +169,26 @@ def check_checkpoint(file: Path, weights_only: bool) -> None:
             problem = f"it has no {', '.join(f'`{k}`' for k in missing)}" if missing else None
     if problem is not None:
         raise PolicyError(
-            f"Expected `ckpt_path` {str(file)!r} to be a checkpoint of training, but it is damaged or none: {problem}."
+            f"Expected `ckpt_path` {str(file)!r} to be a checkpoint of training, but it is damaged or none: {problem}. "
+            f"{others(file)}"
         )
+
+
+def check_folder(folder: Path) -> None:
+    """Miss a folder that can be written before anything is loaded.
+
+    Raises:
+        PolicyError: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PolicyError(
+            f"Expected `run_dir` {str(folder)!r} to be a folder that can be written, but it cannot: {error}. What is "
+            "in it is untouched: make it writable, or give another one."
+        ) from error
 
 
 def cli(args: Sequence[str] | None = None, asked: Mapping[str, Any] | None = None) -> CLI:
@@ -177,11 +199,14 @@ def cli(args: Sequence[str] | None = None, asked: Mapping[str, Any] | None = Non
         asked: see `CLI`.
 
     Raises:
-        SystemExit: with code 2 after a message if the command line, a file or the data as a whole is wrong.
+        SystemExit: with code 2 after a message if the command line, a file or the data as a whole is wrong; with 0 if
+            the run is not over, and its SLURM job back in the queue.
     """
     with without_false_alarms():
         try:
             return CLI(args, asked)
+        except PutBack as stopped:  # all is saved and closed
+            sys.exit(stopped.settle())
         except (datamodules.DataError, PolicyError) as error:
             # one sentence for the user; where it was raised says nothing more
             print(f"error: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from callbacks.predictions import RECORD as EVALUATION
 from commands.cli import cli, first_rank, write_json
 from commands.report import Report, ReportError, build, table
 from commands.suggest import Parser
@@ -210,7 +211,8 @@ def prepare(folder: Path, mark: str) -> None:
     """
     if first_rank():
         same = recorded(folder).get("fingerprint") == mark
-        if not (same and (folder / "last.ckpt").exists()) and folder.exists() and any(folder.iterdir()):
+        useful = any((folder / name).exists() for name in ("last.ckpt", EVALUATION))  # to a fit, to a test
+        if not (same and useful) and folder.exists() and any(folder.iterdir()):
             move_aside(folder)
         write_json(folder / RECORD, {"fingerprint": mark, "ended": False})
         return

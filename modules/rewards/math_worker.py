@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 
 MEMORY = 4 * 2**30  # bytes of address space
@@ -38,6 +39,8 @@ def limit_memory() -> None:
 def main() -> None:
     """Answer until the input ends. What cannot be compared is not equal."""
     limit_memory()
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # some clusters send a job's signals to children too
     logging.disable(logging.CRITICAL)
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints is no answer
