@@ -145,8 +145,8 @@ class Monitors(L.Callback):
                     f"but got {rule.action.reward!r}."
                 )
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set the weights again that were set before a resume."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set the weights again that were set before a resume; sharded runs have read no checkpoint before this."""
         for action in (self.rules[name].action for name in self._acted):
             if isinstance(action, SetWeight):
                 set_weight(trainer, action)

@@ -20,6 +20,7 @@ from modules.engine import Decoding
 from modules.policy import PolicyError, PolicyModule
 from modules.rgrpo import RGRPOModule
 from modules.self_check import check
+from modules.sharding import gathered
 from modules.trajectory import Sample
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Preflight(L.Callback):
             return
         said: list[str] = []
         # callback hooks run outside autocast; rollouts and the learner's pass run inside
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), gathered(pl_module):
             if self.budget:
                 said += self._budget(trainer, pl_module, split)
             if self.self_check:

@@ -21,6 +21,7 @@ from modules.metrics import MEASURED, Tally, measure
 from modules.policy import PolicyError, PolicyModule
 from modules.rewards import Reward, check_failures, check_gates, credited_by_turn, score, score_turns
 from modules.rgrpo import RGRPOModule
+from modules.sharding import gather
 from modules.trajectory import Group, Sample, SampleBatch, StopReason, Trajectory
 
 BY_SOURCE = ("accuracy", "zoom_rate")  # logged of each data set, if asked for
@@ -126,6 +127,7 @@ class RolloutCallback(L.Callback):
             return
         seed = (self.seed * 1_000_003 + self.iteration) * trainer.world_size + trainer.global_rank
         self.iteration += 1  # on every rank alike, whatever it has: checkpoints hold one rank's count
+        gather(pl_module)  # likewise, and the only time that a rollout meets other ranks
         if not batch.samples:
             return
         requests = self.sampler.requests(batch.samples, seed)
@@ -231,6 +233,7 @@ class RolloutCallback(L.Callback):
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: SampleBatch) -> None:
         assert isinstance(pl_module, PolicyModule)
+        gather(pl_module)
         if not batch.samples:
             return
         for mode, decoding in self.evaluations.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,22 +13,23 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_scheduler
 
 from modules.backbones.base import PARTS, Backbone
+from modules.checkpoints import WholeCheckpointIO
+from modules.errors import PolicyError as PolicyError
 from modules.lora import LoRA, add_lora, merge_lora
+from modules.resume import begin_next_epoch
+from modules.sharding import own, shard, whole, without_reduction
 from modules.trajectory import SampleBatch
 
 M = TypeVar("M")
 PATIENCE = 200  # so many batches in a row may pass without an optimizer step
 logger = logging.getLogger(__name__)
-
-
-class PolicyError(ValueError):
-    """A policy that cannot be trained as it is configured; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,28 @@ class PolicyModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def configure_model(self) -> None:
+        """Shard the weights, if the strategy is to (see `modules.sharding`), and have checkpoints written whole.
+
+        Raises:
+            PolicyError: the project was not run with this strategy.
+        """
+        if self._trainer is None:  # Lightning only loads a checkpoint
+            return
+        shard(self, self.trainer.strategy)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else somebody has asked for another one
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
     def on_train_start(self) -> None:
         """Go on within an epoch: the number of batches, which `configure_optimizers` asks for, makes Lightning set its
         loader up before a checkpoint is read, and then it does not hand the loader's state back."""
         self.trainer.fit_loop._load_combined_loader_states()
+
+    def on_train_batch_start(self, batch: SampleBatch, batch_idx: int) -> None:
+        """Dropout draws the same after a resume: its noise is of the batch and the rank, and checkpoints need none."""
+        batches = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed((seed * 1_000_003 + batches) * self.trainer.world_size + self.trainer.global_rank)
 
     @property
     def steps_per_batch(self) -> int:
@@ -169,19 +189,19 @@ class PolicyModule(L.LightningModule):
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.device)}
         for k, micro_batch in enumerate(micro_batches):
             last = k == len(micro_batches) - 1
-            with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
-                loss_sum, more = loss(micro_batch)
-                if last and world > 1:
-                    loss_sum = loss_sum + self._nothing()
+            with nullcontext() if last or world == 1 else without_reduction(self):
+                loss_sum, more = self(loss, micro_batch, last and world > 1)
                 # data-parallel strategies average gradients over ranks: undone here, the sum is divided once
                 self.manual_backward(loss_sum * (world / total))
             sums["loss"] += loss_sum.detach() / total
             for name, value in more.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
         if not micro_batches:
-            self.manual_backward(self._nothing())
+            self.manual_backward(self(lambda _: (torch.zeros((), device=self.device), {}), None, True)[0])
         trained = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+        if world > 1:
+            self._drop_untouched(trained)
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]))
         if not self._finite(sums["loss"], norm, trained):
             optimizer.zero_grad()
             return {}
@@ -210,11 +230,33 @@ class PolicyModule(L.LightningModule):
         self.nonfinite_details = {
             "loss": float(loss),
             "grad_norm": float(norm),
-            "gradients": [name for name, grad in gradients.items() if not bool(grad.isfinite().all())],
-            "weights": [name for name, p in trained.items() if not bool(p.isfinite().all())],
+            "gradients": [name for name, grad in gradients.items() if not bool(own(grad).isfinite().all())],
+            "weights": [name for name, p in trained.items() if not bool(own(p).isfinite().all())],
         }
         self._wait()
         return False
+
+    def forward(
+        self, loss: Callable[[M], tuple[Tensor, dict[str, Tensor]]], micro_batch: M, waited_for: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A learner's pass: sharded weights are whole within it, and what they are sharded by hangs on its output.
+
+        Args:
+            loss: see `update`.
+            micro_batch: what it is of.
+            waited_for: whether other ranks wait for the gradients of this pass.
+        """
+        loss_sum, sums = loss(micro_batch)
+        return (loss_sum + self._nothing() if waited_for else loss_sum), sums
+
+    def _drop_untouched(self, trained: Mapping[str, torch.nn.Parameter]) -> None:
+        """Leave parameters alone that no rank's loss depended on, as one process would: a gradient of zeros moves them,
+        by weight decay and by what the optimizer remembers. (Zeros everywhere are those of a loss.)"""
+        found = torch.stack([own(p.grad).any() for p in trained.values() if p.grad is not None]).float()
+        touched = self.trainer.strategy.reduce(found, reduce_op="sum").tolist()
+        for parameter, some in zip((p for p in trained.values() if p.grad is not None), touched, strict=True):
+            if any(touched) and not some:
+                parameter.grad = None
 
     def _nothing(self) -> Tensor:
         """Zero, with a gradient for every parameter: data-parallel ranks wait for each, also for those of the
@@ -234,7 +276,9 @@ class PolicyModule(L.LightningModule):
     def _sum_over_ranks(self, count: float) -> float:
         if self.trainer.world_size == 1:
             return count
-        return float(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
+        # of one type on all ranks: the sum of nothing is an integer
+        own_count = torch.tensor(count, dtype=torch.float64, device=self.device)
+        return float(self.trainer.strategy.reduce(own_count, reduce_op="sum"))
 
     def log_now(self, metrics: Callable[[], Mapping[str, Tensor | float]], size: int) -> None:
         """Log metrics of this step if the trainer writes its logs at it; else do not even compute them."""
@@ -258,7 +302,9 @@ class PolicyModule(L.LightningModule):
         checkpoint["lora"] = asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with the adapters of a run that scales them otherwise, or has them elsewhere."""
+        """Refuse to go on with the adapters of a run that scales them otherwise, or has them elsewhere; go on where it
+        was."""
+        begin_next_epoch(checkpoint)
         saved = LoRA(**checkpoint.get("lora", {}))
         here, there = (asdict(replace(lora, dropout=0.0)) if lora.rank else "none" for lora in (self.lora, saved))
         if here != there:

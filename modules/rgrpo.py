@@ -22,7 +22,8 @@ from modules.located import Located, annotated_box, share
 from modules.objective import GRPO, Objective
 from modules.policy import PolicyError, PolicyModule
 from modules.reference import ReferenceModule
-from modules.scoring import collate, predicting, token_log_probs
+from modules.scoring import collate, predicting, token_log_probs, token_loss
+from modules.sharding import scatter
 from modules.trajectory import Group, SampleBatch, Trajectory, TrajectoryBatch
 
 __all__ = ["Objective", "RGRPOModule", "split"]
@@ -184,6 +185,7 @@ class RGRPOModule(PolicyModule):
                 break
         every = self.objective.sync_reference
         if self.reference is not None and every and self.trainer.global_step // every > before // every:
+            scatter(self)  # what an optimizer step changed is the shares
             self.reference.synchronise(self.backbone)
         self.log_now(lambda: self._metrics([h for h in history if "tokens" in h]), size)
 
@@ -231,35 +233,45 @@ class RGRPOModule(PolicyModule):
         objective, batch = self.objective, part.batch
         exploring = objective.entropy_bonus > 0
         hidden = predicting(self.backbone, batch)
-        log_probs, entropy = token_log_probs(self.backbone, batch, self.head_chunk, exploring, hidden)
-        loss, metrics = rgrpo_loss(
-            log_probs,
-            batch.log_probs,
-            part.advantages,
-            part.weights,
-            batch.owners,
-            batch.num_trajectories,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            ratio_to=objective.ratio_to,
-            ratio_level=objective.ratio_level,
-            beta=objective.beta if objective.kl_in == "loss" else 0.0,
-            kl=objective.kl,
-            unbiased_kl=objective.unbiased_kl,
-            reference_log_probs=part.reference,
-            correction_cap=objective.sampler_correction,
-            learner_log_probs=part.learner,
-            entropy_bonus=objective.entropy_bonus,
-            entropy=entropy if exploring else None,
+        metrics: dict[str, Tensor] = {}
+
+        def terms(log_probs: Tensor, entropy: Tensor, own: slice) -> Tensor:
+            loss, sums = rgrpo_loss(
+                log_probs,
+                batch.log_probs[own],
+                part.advantages[own],
+                part.weights[own],
+                batch.owners[own],
+                batch.num_trajectories,
+                clip_low=objective.clip_low,
+                clip_high=objective.clip_high,
+                ratio_to=objective.ratio_to,
+                ratio_level=objective.ratio_level,
+                beta=objective.beta if objective.kl_in == "loss" else 0.0,
+                kl=objective.kl,
+                unbiased_kl=objective.unbiased_kl,
+                reference_log_probs=None if part.reference is None else part.reference[own],
+                correction_cap=objective.sampler_correction,
+                learner_log_probs=None if part.learner is None else part.learner[own],
+                entropy_bonus=objective.entropy_bonus,
+                entropy=entropy if exploring else None,
+            )
+            for name, value in sums.items():
+                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value
+            return loss
+
+        whole = objective.ratio_level == "sequence"  # such a ratio is of all tokens of a trajectory
+        loss, log_probs, entropy = token_loss(
+            self.backbone, batch, self.head_chunk, terms, exploring, hidden, whole=whole
         )
         if self.grounder is not None and part.located is not None:
             grounding, sums = self.grounder.loss(hidden, part.located, batch.temperature)
             loss, metrics = loss + grounding, metrics | sums
-        gap = (log_probs.detach() - batch.log_probs).abs()
+        gap = (log_probs - batch.log_probs).abs()
         return loss, {
             **metrics,
-            **({} if part.kinds is None else {"entropy/kinds": by_kind(entropy.detach(), part.kinds)}),
-            "entropy": entropy.detach().sum(),
+            **({} if part.kinds is None else {"entropy/kinds": by_kind(entropy, part.kinds)}),
+            "entropy": entropy.sum(),
             "sampler_gap": gap.sum(),
             "tokens": torch.ones_like(gap).sum(),
         }

@@ -102,7 +102,7 @@ def test_the_gradient_is_each_turns_own(
         kept.append((args[1].owners, log_probs))
         return log_probs, entropy
 
-    monkeypatch.setattr("modules.rgrpo.token_log_probs", keeping)
+    monkeypatch.setattr("modules.scoring.token_log_probs", keeping)
     played = playing(zooming, (GOOD, BAD), (BAD, WORSE), (WORSE, "[16, 12, 48, 44]"))
     objective = Objective(normalisation="token", **BY_TURN)
     module = RGRPOModule(fresh(zooming), optimizer=SGD, objective=objective, micro_batch=micro_batch)
