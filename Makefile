@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: help quickstart test test-slow lint format clean
+.PHONY: help quickstart test test-slow test-slurm lint format bench fuzz docs-check clean
 
 help:
 	@echo "make quickstart [SEED=n]  train a small policy from nothing, see docs/quickstart.md"
 	@echo "make test                 lint, types and tests"
 	@echo "make test-slow            the tests that take longer than half a minute"
+	@echo "make test-slurm           the batch files on a SLURM of this machine, see docs/slurm.md"
 	@echo "make format               format the code"
+	@echo "make bench [ROWS=\"a b\"]    how fast it is against others, see docs/performance.md"
+	@echo "make fuzz [MINUTES=n]     ever new texts, data files and images, for ten minutes"
+	@echo "make docs-check           run the commands of the documentation that this machine can run"
 
 # one thread: matrices this small gain nothing from a second one, and lose much where cores are shared
 quickstart: export OMP_NUM_THREADS ?= 1
@@ -22,6 +26,9 @@ test: lint
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
 
+test-slurm: .venv/dev
+	$(BIN)/python -m pytest tests/test_slurm.py -rs
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +37,15 @@ lint: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks.run $(if $(ROWS),--rows $(ROWS))
+
+fuzz: .venv/dev
+	$(BIN)/python -m tests.properties.fuzz --minutes $(or $(MINUTES),10)
+
+docs-check: .venv/dev
+	$(BIN)/python -m tests.docs_check
 
 clean:
 	rm -rf .venv runs data

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from PIL import Image
 
 from datamodules.module import VLIRDataModule
 from datamodules.pictures import ImageFile
+from datamodules.tables import loads
 from datamodules.vlir.reader import Record, read_text, require_records
 from datamodules.vlir.schema import BadRow, DataError, Invalid, from_row
 from modules.trajectory import Sample
@@ -97,7 +97,7 @@ def read_questions(path: Path) -> tuple[list[Record], list[BadRow]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
             if not isinstance(row, dict):
                 raise Invalid("expected an object")
             defaults = {"id": f"{path.stem}-{number}", "answers": [], "source": SOURCE}

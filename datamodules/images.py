@@ -12,17 +12,20 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from datamodules.vlir.schema import printable
+
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own error level for decompression bombs, about 179 megapixels
 STRIP = 256  # rows that are converted at a time
 
 Image.init()  # register the decoders once, before threads or workers open files
+FORMATS = sorted(set(Image.OPEN) - {"EPS"})  # PostScript is a program, which Pillow would have Ghostscript run
 
 
 class BadImage(Exception):
-    """A picture that cannot be used; names the file and why."""
+    """A picture that cannot be used; names the file and why, in one line."""
 
     def __init__(self, name: Path | str, why: str) -> None:
-        super().__init__(f"{name}: {why}")
+        super().__init__(printable(f"{name}: {why}"))
         self.name = name
         self.why = why
 
@@ -42,6 +45,7 @@ def load_image(source: Path | bytes, name: str = "") -> Tensor:
     floats, integers beyond 16 bits        refused: the file does not say which value is white
     a truncated or damaged picture         refused, also where some of it could be shown
     more than `MAX_PIXELS` pixels          refused before anything is decoded
+    PostScript                             refused: it is a program
     =====================================  ================================================================
 
     At its peak it takes twice to three times the memory of what it returns.
@@ -61,19 +65,20 @@ def load_image(source: Path | bytes, name: str = "") -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns at half its limit, and about odd EXIF; the limit is ours
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadImage(called, _too_large(image.width, image.height))
                 ImageOps.exif_transpose(image, in_place=True)
                 return _pixels(_to_rgb(image))
+    except BadImage:
+        raise
     except FileNotFoundError:
         raise BadImage(called, "no such file") from None
     except UnidentifiedImageError:
         raise BadImage(called, _unidentified(source)) from None
     except Image.DecompressionBombError:
         raise BadImage(called, _too_large()) from None
-    # Pillow's decoders raise whatever a damaged file leads them into.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them into
         raise BadImage(called, f"cannot be decoded ({error})") from None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -41,7 +42,7 @@ class ImageFile:
 
     def exists(self) -> bool:
         """Whether there is such a file, wherever it leads."""
-        return (self.root / self.path).exists()
+        return os.path.exists(self.root / self.path)  # pathlib's raises where a name is too long
 
     def open(self) -> Path:
         """What Pillow can open.

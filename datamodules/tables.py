@@ -245,6 +245,24 @@ def decode(line: bytes, first: bool = False) -> str:
         raise Invalid(f"not UTF-8 (byte {line[error.start]:#04x} at position {error.start})") from None
 
 
+def loads(text: str) -> object:
+    """The JSON value of a text.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+        Invalid: it is, but Python does not read it: nested too deeply, or a number of thousands of digits.
+    """
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise Invalid("nested too deeply") from None
+    except ValueError:
+        raise Invalid("a whole number of too many digits") from None
+    return value
+
+
 def parse_line(line: bytes) -> object:
     """The JSON value of a line.
 
@@ -253,12 +271,11 @@ def parse_line(line: bytes) -> object:
     """
     text = decode(line, first=True)
     try:
-        value: object = json.loads(text)
+        return loads(text)
     except json.JSONDecodeError as error:
         raise Invalid(f"not JSON ({error.msg} at column {error.colno}): {text.strip()[:60]!r}") from None
-    except RecursionError:
-        raise Invalid("not JSON (nested too deeply)") from None
-    return value
+    except Invalid as error:
+        raise Invalid(f"not JSON ({error})") from None
 
 
 def parse_json(path: Path) -> object:
@@ -270,15 +287,14 @@ def parse_json(path: Path) -> object:
     with open_bytes(path) as file:
         data = file.read()
     try:
-        value: object = json.loads(data.decode("utf-8-sig"))
+        return loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, found byte {data[error.start]:#04x}.") from None
     except json.JSONDecodeError as error:
         where = f"{error.msg} at line {error.lineno} column {error.colno}"
         raise DataError(f"{path}: expected JSON, found none ({where}).") from None
-    except RecursionError:
-        raise DataError(f"{path}: expected rows in JSON, found a value that is nested too deeply.") from None
-    return value
+    except Invalid as error:
+        raise DataError(f"{path}: expected JSON, found none ({error}).") from None
 
 
 def _rows_of(value: object, path: Path, key: str) -> list[object]:

@@ -90,7 +90,7 @@ def _paths(row: Row) -> tuple[str, ...]:
 def _listed(region: str) -> object:
     try:
         value: object = json.loads(region)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise Invalid(f"key `image[1]`: expected [x1, y1, x2, y2] after ###, found {region[:60]!r}") from None
     return value
 

@@ -11,7 +11,6 @@ answers by "/"; in others (mathematics, dates) it is part of the answer.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,8 +19,20 @@ from typing import Any, Literal
 
 from datamodules.module import VLIRDataModule
 from datamodules.pictures import ImageFile
+from datamodules.tables import loads
 from datamodules.vlir.reader import Record, read_text, require_records
-from datamodules.vlir.schema import BadRow, DataError, Invalid, describe, expect, relative_path, required, strings, text
+from datamodules.vlir.schema import (
+    BadRow,
+    DataError,
+    Invalid,
+    describe,
+    expect,
+    is_number,
+    relative_path,
+    required,
+    strings,
+    text,
+)
 from modules.functional.boxes import BoxSpace, check, clip, fit_to_grid, to_original
 from modules.functional.grammar import BoxRequest, answer_spans, parse_turn
 from modules.trajectory import Region, Sample, Step
@@ -168,10 +179,12 @@ def _files(joined: str | None) -> list[str]:
 
 def _read(path: Path, root: Path | None, limit: int | None, parse: Parse) -> tuple[list[Record], list[BadRow]]:
     try:
-        rows = json.loads(read_text(path))
+        rows = loads(read_text(path))
     except json.JSONDecodeError as error:
         where = f"{error.msg} at line {error.lineno} column {error.colno}"
         raise DataError(f"{path}: expected a JSON list of objects, found no JSON ({where}).") from None
+    except Invalid as error:
+        raise DataError(f"{path}: expected a JSON list of objects, found no JSON ({error}).") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON list of objects, found {describe(rows)}.")
     root = path.parent if root is None else root
@@ -210,7 +223,7 @@ def _rgrpo(row: dict[str, Any], alternatives: tuple[str, ...]) -> tuple[Sample, 
 
 def _answer(value: object) -> str:
     """Numbers are taken as their text: the published files have both."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if is_number(value):
         return str(value)
     answer = expect(value, str, "key `answer`", "a string or a number").strip()
     if not answer:

@@ -84,7 +84,7 @@ def plain(value: object) -> tuple[object, list[ImageRef | None]]:
         if isinstance(row.get(key), str):
             try:
                 row[key] = json.loads(row[key])
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 raise Invalid(f"key `{key}`: expected an object as JSON text, found {describe(row[key])}") from None
     found = [row["image"]] if "image" in row else row.get("images", [])
     if not isinstance(found, list):

@@ -18,7 +18,7 @@ rule.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, get_args
@@ -40,7 +40,10 @@ class DataError(Exception):
 
 
 class Invalid(ValueError):
-    """Something in a row is not as expected; says the key, what was expected and what was found."""
+    """Something in a row is not as expected; says the key, what was expected and what was found, in one line."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(printable(why))
 
 
 class BadRow(ValueError):
@@ -162,9 +165,20 @@ def relative_path(value: object, name: str) -> str:
     """A path that stays inside its root."""
     path = expect(value, str, name, "a path")
     parts = PurePosixPath(path.replace("\\", "/"))
-    if not path or parts.is_absolute() or ".." in parts.parts or path[1:2] == ":":
-        raise Invalid(f"{name}: expected a path inside the data folder, found {path!r}")
-    return path
+    if not path or parts.is_absolute() or ".." in parts.parts or path[1:2] == ":" or "\0" in path:
+        raise Invalid(f"{name}: expected a path inside the data folder, found {path[:200]!r}")
+    return _whole(path, name)
+
+
+def printable(text: str) -> str:
+    """The text in one line that any terminal and log takes: what cannot be printed is written as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    # compared, not converted: an integer of JSON may have any number of digits
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def describe(value: object) -> str:
@@ -214,16 +228,12 @@ def _region(value: object, name: str, num_images: int) -> Region:
 
 def _box(value: object, name: str) -> Box:
     numbers = expect(value, list, f"key `{name}`", "[x1, y1, x2, y2]")
-    if len(numbers) != 4 or not all(_is_number(number) for number in numbers):
+    if len(numbers) != 4 or not all(is_number(number) for number in numbers):
         raise Invalid(f"key `{name}`: expected four numbers, found {describe(value)}")
     x1, y1, x2, y2 = (float(number) for number in numbers)
     if x2 <= x1 or y2 <= y1:
         raise Invalid(f"key `{name}`: expected x1 < x2 and y1 < y2, found {numbers}")
     return x1, y1, x2, y2
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _step(value: object, name: str, num_images: int) -> Step:
@@ -234,7 +244,7 @@ def _step(value: object, name: str, num_images: int) -> Step:
 
 def _zoom(region: dict[str, Any], name: str) -> float | None:
     zoom = region.get("zoom", LEAST_ZOOM)
-    if not _is_number(zoom) or not LEAST_ZOOM <= zoom <= MOST_ZOOM:
+    if not is_number(zoom) or not LEAST_ZOOM <= zoom <= MOST_ZOOM:
         raise Invalid(
             f"key `{name}`: expected a number from {LEAST_ZOOM:g} to {MOST_ZOOM:g}, found {describe(region['zoom'])}"
         )

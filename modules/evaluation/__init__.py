@@ -114,6 +114,6 @@ def missing(predictions: Sequence[Row], annotations: Sequence[Row] | None) -> di
     predicted = {row.id for row in predictions}
     if None in predicted:  # rows that belong to annotations by their order: all are there
         return {}
-    splits = {row.fields.get("split") for row in annotations if row.id in predicted}
-    lacking = [row for row in annotations if row.id not in predicted and row.fields.get("split") in splits]
+    splits = {str(row.fields.get("split")) for row in annotations if row.id in predicted}
+    lacking = [row for row in annotations if row.id not in predicted and str(row.fields.get("split")) in splits]
     return {"missing": len(lacking)} if lacking else {}

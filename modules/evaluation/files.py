@@ -142,6 +142,8 @@ def own(rows: Sequence[Row]) -> list[Row]:
 def own_row(row: Row) -> Row:
     """The final answer under the names that the scorers know, beside what the run kept of the benchmark's own row."""
     answers, answer, annotation = row.value("answers"), row.value("answer") or "", row.fields.get("annotation") or {}
+    if not isinstance(answers, list):
+        raise ScoreError(f"Expected `answers` of {row.where} to be a list, but got {answers!r}.")
     if not isinstance(annotation, Mapping):
         raise ScoreError(f"Expected `annotation` of {row.where} to be an object, but got {annotation!r}.")
     fields: dict[str, Any] = {"text": row.value("question")}
@@ -149,6 +151,8 @@ def own_row(row: Row) -> Row:
         fields["label"] = answers[0]
     fields |= annotation
     source = row.fields.get("source")
+    if not isinstance(source, str | None):
+        raise ScoreError(f"Expected `source` of {row.where} to be a text, but got {source!r}.")
     return Row(row.where, row.id, fields | {"response": answer, "extraction": answer}, source or None)
 
 
@@ -177,10 +181,14 @@ def _parse(text: str, path: Path, first: int) -> Any:
         raise ScoreError(f"Expected JSON in {str(path)!r}, but row {row} has none: {error.msg}.") from error
     except RecursionError as error:
         raise ScoreError(f"Expected JSON in {str(path)!r}, but row {first} is nested too deeply.") from error
+    except ScoreError:
+        raise
+    except ValueError as error:
+        raise ScoreError(f"Expected JSON in {str(path)!r}, but row {first} has a number of too many digits.") from error
 
 
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False

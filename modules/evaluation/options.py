@@ -109,7 +109,7 @@ def _category(row: Row) -> list[str]:
 
 def _in_order(rows: list[Row]) -> list[Row]:
     """Rows by index, so that pairs are neighbours; in the file's order if they have none."""
-    if all(row.id is not None and row.id.isdigit() for row in rows):
+    if all(row.id is not None and row.id.isdecimal() for row in rows):
         rows = sorted(rows, key=_number)
         for before, row in pairwise(rows):
             if _number(row) != _number(before) + 1:

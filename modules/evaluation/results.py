@@ -100,7 +100,7 @@ def read_run(folder: Path) -> list[Line]:
 def _parsed(text: str, where: str) -> Line:
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ScoreError(f"Expected JSON in {where}, but got none: {error}.") from error
     if not isinstance(line, dict) or any(name not in line for name in NEEDED):
         raise ScoreError(f"Expected {where} to have {', '.join(NEEDED)}, but got {str(line)[:80]}.")

@@ -86,7 +86,7 @@ def _answer(row: Row) -> int:
 
 def _groups(row: Row) -> list[str]:
     subject, grade = row.text("subject"), row.text("grade")
-    if subject not in SUBJECTS or not grade.removeprefix("grade").isdigit():
+    if subject not in SUBJECTS or not grade.removeprefix("grade").isdecimal():
         raise ScoreError(f"Expected a subject and a grade of ScienceQA in {row.where}, but got {subject!r}, {grade!r}.")
     hint, image = bool(row.value("hint")), bool(row.value("image"))
     context = [name for name, there in (("TXT", hint), ("IMG", image), ("NO", not hint and not image)) if there]
