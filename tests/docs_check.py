@@ -39,6 +39,7 @@ CLUSTER = "needs a SLURM cluster; `tests/test_slurm.py` submits these files to o
 NOT_RUN = {  # how a command begins -> why
     "make quickstart": "takes a quarter of an hour; two stages of its pipeline are run, a step each",
     "make test": "are the tests, which are run by themselves",
+    "python -m pytest": "likewise",
     "make bench": "measures for long",
     "make docs-check": "is this",
     "make fuzz": "takes ten minutes",

@@ -63,7 +63,7 @@ def test_a_first_step_is_the_policy_gradient(zooming: TimmLMBackbone, normalisat
 def test_a_step_depends_neither_on_micro_batches_nor_on_order_nor_on_padding(
     zooming: TimmLMBackbone, settings: dict[str, Any]
 ) -> None:
-    zooming.double()  # two inner epochs of float32 come to 1e-6 by rounding alone
+    zooming = fresh(zooming).double()  # two inner epochs of float32 come to 1e-6 by rounding alone
     made, objective = groups(zooming, TOTALS), Objective(**settings)
     whole = step(zooming, made, objective)
     assert furthest(whole, weights(zooming)) > 1e-3
@@ -87,7 +87,7 @@ def test_a_step_depends_neither_on_micro_batches_nor_on_order_nor_on_padding(
 def test_a_step_is_the_same_where_there_are_too_many_logits_to_hold_at_once(
     zooming: TimmLMBackbone, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    zooming.double()
+    zooming = fresh(zooming).double()
     made, objective = groups(zooming, TOTALS), Objective(**settings)
     whole = step(zooming, made, objective)
     called: list[int] = []

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 import train
 from datamodules.sampler import EpochOrder, Order, SampleLoader
 from modules.engine import GroupSampler, Request
+from modules.policy import PolicyModule
 from modules.rewards import Reward
 from modules.sft import SFTModule
 from modules.trajectory import Sample, SampleBatch, Step, Trajectory
@@ -162,6 +163,21 @@ def seeds_by_question(rank: int) -> None:
         return [Request(s, _stable(f"{s.id}/{g}")) for s in samples for g in range(self.size)]
 
     GroupSampler.requests = requests  # type: ignore[method-assign]
+
+
+def in_float64(rank: int) -> None:
+    """Compute in double, from the images on: what is left of a difference is none of rounding."""
+
+    def doubled() -> list[Sample]:
+        return [replace(s, images=tuple(image.double() / 255 for image in s.images)) for s in own()]
+
+    def configure_model(self: PolicyModule) -> None:
+        self.backbone.double()
+        configure(self)
+
+    own, configure = questions, PolicyModule.configure_model
+    globals()["questions"] = doubled
+    PolicyModule.configure_model = configure_model  # type: ignore[method-assign]
 
 
 def _stable(text: str) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from tests.distributed import ranks
 from tests.distributed.launches import STRATEGIES, furthest, weights
-from tests.distributed.stand_ins import CONFIG, hang, seeds_by_question
+from tests.distributed.stand_ins import CONFIG, hang, in_float64, seeds_by_question
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,14 @@ RGRPO = ["--model=RGRPOModule", "--model.init_args.init_from=warm/last.ckpt"]
 GROUNDING = [f"--model.init_args.grounding.{name}" for name in ("l1=1", "giou=0.5", "answer=0.3")]
 KINDS = {
     "sft": [],
+    "sft with grounding": GROUNDING,
     "rgrpo": RGRPO,
     "rgrpo with grounding": [*RGRPO, *GROUNDING],
     "rgrpo with a reference": [*RGRPO, *(f"--model.init_args.objective.{o}" for o in ("beta=0.1", "sync_reference=2"))],
 }
+# Most boxes that an untrained policy expects have to be mended before they are cut out, and the images are noise: the
+# gradient of the answer, of a norm of hundreds, makes 1e-7 in the weights of one step 1e-2 after six. Not in double.
+DOUBLE = {"sft with grounding"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def fit(folder: Path, kind: str, strategy: str, *more: str, name: str = "") -> P
     if not last.exists():
         arguments = [*FIT, f"--run_dir={run}", "--model.init_args.micro_batch=2", *KINDS[kind], *STRATEGIES[strategy]]
         count = 1 if strategy == "one" else 2
-        ranks.run([*arguments, *more], folder, count, prepare=seeds_by_question)
+        ranks.run([*arguments, *more], folder, count, prepare=in_float64 if kind in DOUBLE else seeds_by_question)
     return last
 
 
@@ -58,7 +62,7 @@ def test_two_processes_of_unequal_work_come_to_what_one_comes_to(folder: Path, k
     if start is not None:  # something was learned
         assert furthest(start, {name: one[name] for name in start}) > 1e-3
     # gradients through crops of noise are large, and so is their rounding
-    assert furthest(one, two) < (1e-5 if "grounding" in kind else 1e-6)
+    assert furthest(one, two) < (1e-12 if kind in DOUBLE else 1e-5 if "grounding" in kind else 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sft", "rgrpo with a reference"])
