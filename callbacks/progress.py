@@ -9,6 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from callbacks.rollout import RolloutCallback
+from modules.engine import LocalEngine
 
 TRAIN_NAMES = {  # metric -> its name on the bar, in this order
     "train/reward/total": "reward",
@@ -26,6 +30,7 @@ class RunProgressBar(TQDMProgressBar):
     A bar redraws itself with carriage returns, which a log file keeps all of. So where stdout is no terminal
     the bars are off, and every ``line_seconds`` a line tells the step, the time used and left until
     ``max_steps`` or ``max_epochs``, the rate and the numbers of the bar. Each validation within a fit gets one.
+    A rollout that takes longer than that tells how many of its trajectories have ended, behind the bar or in lines.
     After fit, validate and test, a table of the ``val/`` or ``test/`` metrics follows in both cases; it takes
     the place of Lightning's own.
 
@@ -44,6 +49,7 @@ class RunProgressBar(TQDMProgressBar):
         self._first_fraction = 0.0
         self._stage_started = 0.0
         self._table_wanted = True
+        self._rollout_bar: Tqdm | None = None
 
     @property
     def is_enabled(self) -> bool:
@@ -55,6 +61,9 @@ class RunProgressBar(TQDMProgressBar):
         super().setup(trainer, pl_module, stage)
         self._plain = not sys.stdout.isatty()
         self._due = 0.0
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RolloutCallback) and isinstance(callback.engine, LocalEngine):
+                callback.engine.watcher = self._rolled_out
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
         """Print without breaking the bar; `LightningModule.print` ends up here."""
@@ -177,6 +186,24 @@ class RunProgressBar(TQDMProgressBar):
         super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if self._is_due():
             self._stage_line("predict", batch_idx, self.total_predict_batches_current_dataloader)
+
+    def _rolled_out(self, ended: int, total: int, seconds: float) -> None:
+        """A bar of its own for a rollout that takes long, or a line now and then."""
+        if self._rollout_bar is None and (seconds < self.line_seconds or ended == total):
+            return
+        if self._plain:
+            if self._is_due():
+                left = clock(seconds * (total - ended) / ended)
+                self._say(f"rollout  {ended}/{total} trajectories  {clock(seconds)} + {left} left")
+                self._due = time.monotonic() + self.line_seconds
+        elif self.is_enabled:
+            if self._rollout_bar is None:
+                bar = {"desc": "rollout", "unit": "trajectory", "leave": False, "position": 2}
+                self._rollout_bar = Tqdm(total=total, initial=ended, **bar)
+            self._rollout_bar.update(ended - self._rollout_bar.n)
+            if ended == total:
+                self._rollout_bar.close()
+                self._rollout_bar = None
 
     def _speaks(self) -> bool:
         """Whether lines are written: no terminal, rank zero, not turned off."""

@@ -20,7 +20,8 @@ ASKED = (signal.SIGTERM, signal.SIGINT)
 
 
 class CleanStop(L.Callback):
-    """On SIGTERM or Ctrl-C, ends the fit behind the batch or the validation that runs, and saves ``last.ckpt`` there.
+    """On SIGTERM or Ctrl-C, ends the fit behind the batch (and the validation that is due there) or the
+    validation that runs, and saves ``last.ckpt`` there.
 
     Lightning would interrupt a step on Ctrl-C, and on SIGTERM ends without a checkpoint. All ranks stop at the same
     batch, whichever of them was asked; where groups wait for further batches (``objective.resample``), behind the step
@@ -62,12 +63,15 @@ class CleanStop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End, if any rank was asked to, and no group waits for a step.
+        """End, if any rank was asked to, and no group waits for a step; behind the validation, if one is due here: from
+        a checkpoint before it, the run would go on without it.
 
         Raises:
             SystemExit: it was.
         """
-        if not waits(pl_module) and self._asked(trainer):
+        if waits(pl_module) or not self._asked(trainer):
+            return
+        if not trainer.strategy.reduce_boolean_decision(validates(trainer), all=True):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -149,3 +153,12 @@ class CleanStop(L.Callback):
 def waits(module: L.LightningModule) -> bool:
     """Whether groups were rolled out that no step has learned from yet, on all ranks alike; no checkpoint has them."""
     return isinstance(module, RGRPOModule) and module.waiting.batches > 0
+
+
+def validates(trainer: L.Trainer) -> bool:
+    """Whether a validation is due behind the batch that ends."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    if fetcher is None or not loop._should_check_val_fx(fetcher):
+        return False
+    loop.val_loop.setup_data()  # as it does at the first validation, to know how many batches there are
+    return not loop.val_loop.skip

@@ -13,6 +13,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from modules.errors import PolicyError
 
+PART = ".checkpoint.part"  # one name in a folder: what a kill leaves of it is written over by the next checkpoint
+
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, has it put on disk, then renames it: the one before it stays until then.
@@ -31,7 +33,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         file = Path(path)
-        part = file.with_name(file.name + ".part")
+        part = file.with_name(PART)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as out:

@@ -7,8 +7,9 @@ twice: a prompt is prefilled once per group, every crop is encoded once and appe
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,13 @@ from modules.backbones.base import Backbone
 from modules.counterfactual import images_of
 from modules.decoding import Decoding, Listener, Request
 from modules.flight import Flight
+from modules.prefill import Prompts
 from modules.trajectory import Sample, Trajectory
 
 __all__ = ["Decoding", "Flight", "GroupSampler", "Listener", "LocalEngine", "Request", "RolloutEngine"]
 logger = logging.getLogger(__name__)
+
+Watcher = Callable[[int, int, float], None]  # trajectories that have ended, of how many, seconds since the first began
 
 
 class RolloutEngine(ABC):
@@ -36,8 +40,9 @@ class LocalEngine(RolloutEngine):
     """Rolls out in this process with the policy's own weights.
 
     The place of a trajectory that has ended goes to the next request. What runs out of memory goes on with half as many
-    at once, from then on; those that had ended stay, the others begin again: a trajectory depends on its own seed
-    alone, so that it is the same in any company.
+    at once: from then on, or to the end of this rollout if it was of fewer (a few unusual ones) than others before.
+    Those that had ended stay, the rest of their group begins again behind the same prompt: a trajectory depends on its
+    own seed alone, so that it is the same in any company.
 
     Args:
         max_batch: trajectories in flight at once.
@@ -47,9 +52,12 @@ class LocalEngine(RolloutEngine):
         if max_batch < 1:
             raise ValueError(f"Expected `max_batch` to be at least 1, but got {max_batch}.")
         self.max_batch = max_batch
-        self.fits = max_batch  # so many at once have not run out of memory
+        self.fits = max_batch  # so many may fly at once; fewer when as many have run out of memory
+        self.most = 0  # requests of a rollout so far
+        self._started = 0.0
         self.halved = 0  # times that they have
         self.listener: Listener | None = None  # slow: it is told after every token
+        self.watcher: Watcher | None = None  # told at every trajectory that ends
 
     @torch.no_grad()
     def rollout(self, backbone: Backbone, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
@@ -59,8 +67,11 @@ class LocalEngine(RolloutEngine):
         try:
             found: dict[int, Trajectory] = {}
             others = images_of(request.sample for request in requests)
+            prompts, fits = Prompts(backbone), self.fits
+            self.most = max(self.most, len(requests))
+            self._started = time.monotonic()
             while len(found) < len(requests):
-                self._fly(backbone, requests, decoding, others, found)
+                fits = self._fly(backbone, requests, decoding, others, found, prompts, fits)
             return [found[number] for number in range(len(requests))]
         finally:
             backbone.train(was_training)
@@ -72,24 +83,33 @@ class LocalEngine(RolloutEngine):
         decoding: Decoding,
         others: Sequence[Tensor],
         found: dict[int, Trajectory],
-    ) -> None:
-        """Add the trajectories that are not found yet, up to where memory runs out."""
+        prompts: Prompts,
+        fits: int,
+    ) -> int:
+        """Add the trajectories that are not found yet, up to where memory runs out; returns how many fit then."""
         left = [number for number in range(len(requests)) if number not in found]
-        places = min(self.fits, len(left))
+        places = min(fits, len(left))
         asked = [requests[number] for number in left]
         try:
-            for number, trajectory in Flight(backbone, asked, decoding, others, self.listener, places).run():
+            for number, trajectory in Flight(backbone, asked, decoding, others, self.listener, places, prompts).run():
                 found[left[number]] = trajectory
-            return
+                if self.watcher is not None:
+                    self.watcher(len(found), len(requests), time.monotonic() - self._started)
+            return fits
         except torch.OutOfMemoryError:
             if places == 1:
                 raise
-        # behind the handler: within it, the traceback holds on to what the flight had in memory
-        self.fits = places // 2
+        # behind the handler: within it, the traceback holds on to what the flight had in memory; a name would, too
+        fits = places // 2
+        how_long = "in this rollout"
+        if places == min(self.fits, self.most):
+            self.fits, how_long = fits, "from now on"
         self.halved += 1
-        logger.warning("A rollout of %d trajectories ran out of memory; from now on %d at once.", places, self.fits)
+        logger.warning("A rollout of %d trajectories ran out of memory; %s %d at once.", places, how_long, fits)
+        prompts.keep(requests[number].sample for number in found)  # ended trajectories hold on to these anyway
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        return fits
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from modules.decoding import Decoding, Listener, Request
 from modules.environment import REFUSALS, Done, Look, Refuse, respond
 from modules.functional.grammar import last_answer
 from modules.functional.sampling import UniformStream, sample_tokens
-from modules.prefill import Chunk, Prefix, Prompts, buckets, extend, forward
+from modules.prefill import Chunk, Prefill, Prefix, Prompts, buckets, extend, forward
 from modules.trajectory import Region, StopReason, Trajectory, Turn, Visual
 
 REFILL = 8  # an eighth of the places has to be free before the next trajectories start
@@ -93,6 +93,7 @@ class Flight:
         others: images to show in place of crops, see `modules.counterfactual.replace_crops`.
         listener: slow: it is told after every token.
         places: trajectories in flight at once; None: all.
+        prompts: those that exist already, and where those that are made are kept.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Flight:
         others: Sequence[Tensor] = (),
         listener: Listener | None = None,
         places: int | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         self.backbone, self.decoding, self.others, self.listener = backbone, decoding, others, listener
         self.device = backbone.device
@@ -114,7 +116,9 @@ class Flight:
             if request.sample is not samples[-1]:
                 samples.append(request.sample)
             self.waiting.append((number, request, len(samples) - 1))
-        self.prompts = Prompts(backbone, samples)
+        self.samples = samples  # by number of the prompt
+        self.prompts = Prompts(backbone) if prompts is None else prompts
+        self.prefill = Prefill(backbone)
         self.prefixes: dict[int, Prefix] = {}  # of the prompt that some of its trajectories have not started from
         self.cache = RaggedCache()
         self.rows: list[Row] = []
@@ -126,7 +130,7 @@ class Flight:
         """Write until every trajectory has ended.
 
         Yields:
-            the number of a request and its trajectory, as they end.
+            the number of a request and its trajectory, as they end: before anything further is computed.
         """
         while self.rows:
             ids = self._sample()
@@ -137,21 +141,26 @@ class Flight:
             ended = [row for row in self.rows if row.stop is not None]
             if ended:
                 ids = self._leave(ids)
+            for row in ended:  # here: what follows may run out of memory
+                yield row.number, row.trajectory(self.decoding.temperature)
             if self.rows:
                 self.advance(ids, shown)
             free = self.places - len(self.rows)
             if self.waiting and (not self.rows or free * REFILL >= self.places):
                 self._board()
-            for row in ended:
-                yield row.number, row.trajectory(self.decoding.temperature)
 
     def _board(self) -> None:
         """Start as many trajectories as there are places; a prompt is computed once for all that start from it."""
         count = min(self.places - len(self.rows), len(self.waiting))
         starting = [self.waiting.popleft() for _ in range(count)]
         needed = list(dict.fromkeys(prompt for *_, prompt in starting))
+        prompts = dict(zip(needed, self.prompts.make([self.samples[prompt] for prompt in needed]), strict=True))
         new = [prompt for prompt in needed if prompt not in self.prefixes]
-        prefixes = {**self.prefixes, **dict(zip(new, self.prompts.compute(new), strict=True))} if new else self.prefixes
+        waiting = {request.sample for _, request, _ in self.waiting}
+        prefixes = dict(self.prefixes)
+        if new:
+            computed = self.prefill.compute([prompts[prompt] for prompt in new], self.prompts.made(waiting))
+            prefixes |= zip(new, computed, strict=True)
         last = needed[-1]
         later = bool(self.waiting) and self.waiting[0][-1] == last
         self.prefixes = {last: prefixes[last] if last in self.prefixes else prefixes[last].apart()} if later else {}
@@ -167,18 +176,19 @@ class Flight:
         ]
         self.cache.append(taken, release=not later)
         for k, (number, request, prompt) in enumerate(starting):
-            told = self.prompts.prompts[prompt]
-            position = prefixes[prompt].position
+            told, position = prompts[prompt], prefixes[prompt].position
             stream = UniformStream(request.seed)
             self.rows.append(Row(number, request, told.ids, list(told.visuals), stream, position, slots[k]))
         hidden = torch.stack([prefixes[prompt].hidden for *_, prompt in starting])
         self.hidden = torch.cat([self.hidden, hidden]) if start else hidden
+        self.prompts.keep(waiting | {row.request.sample for row in self.rows})
         self._arrange()
 
     def _arrange(self) -> None:
         """Note which row lies where in the cache."""
         self.slots = torch.tensor([row.slot for row in self.rows], dtype=torch.long, device=self.device)
         self.by_slot = sorted(range(len(self.rows)), key=lambda b: self.rows[b].slot)
+        self.lying = torch.tensor(self.by_slot, dtype=torch.long, device=self.device)  # (B,) the same, for every token
 
     def _leave(self, ids: Tensor) -> Tensor:
         """Take the trajectories that have ended out; returns the (B',) ids of those that stay."""
@@ -311,7 +321,7 @@ class Flight:
         positions = torch.tensor([self.rows[b].next_position for b in self.by_slot], device=self.device)
         for row in self.rows:
             row.next_position += 1
-        lying = ids[torch.tensor(self.by_slot, device=self.device)]
+        lying = ids[self.lying]
         axes = positions[None, :, None].expand(self.backbone.position_axes, -1, 1)
         hidden = forward(self.backbone, self.cache, self.backbone.embed(lying[:, None]), axes, torch.ones_like(lying))
         self.hidden = hidden[self.slots]

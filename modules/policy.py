@@ -23,7 +23,8 @@ from modules.backbones.base import PARTS, Backbone
 from modules.checkpoints import WholeCheckpointIO
 from modules.errors import PolicyError as PolicyError
 from modules.lora import LoRA, add_lora, merge_lora
-from modules.resume import begin_next_epoch
+from modules.reached import reached, reached_by_any
+from modules.resume import begin_next_epoch, forget_restart
 from modules.sharding import own, shard, whole, without_reduction
 from modules.trajectory import SampleBatch
 
@@ -152,6 +153,7 @@ class PolicyModule(L.LightningModule):
         """Go on within an epoch: the number of batches, which `configure_optimizers` asks for, makes Lightning set its
         loader up before a checkpoint is read, and then it does not hand the loader's state back."""
         self.trainer.fit_loop._load_combined_loader_states()
+        forget_restart(self.trainer.fit_loop.epoch_loop)
 
     def on_train_batch_start(self, batch: SampleBatch, batch_idx: int) -> None:
         """Dropout draws the same after a resume: its noise is of the batch and the rank, and checkpoints need none."""
@@ -186,21 +188,22 @@ class PolicyModule(L.LightningModule):
             self._wait()
             return {}
         optimizer.zero_grad()
+        touched: set[str] | None = set() if world > 1 else None
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.device)}
         for k, micro_batch in enumerate(micro_batches):
             last = k == len(micro_batches) - 1
             with nullcontext() if last or world == 1 else without_reduction(self):
-                loss_sum, more = self(loss, micro_batch, last and world > 1)
+                loss_sum, more = self(loss, micro_batch, last and world > 1, touched)
                 # data-parallel strategies average gradients over ranks: undone here, the sum is divided once
                 self.manual_backward(loss_sum * (world / total))
             sums["loss"] += loss_sum.detach() / total
             for name, value in more.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
         if not micro_batches:
-            self.manual_backward(self(lambda _: (torch.zeros((), device=self.device), {}), None, True)[0])
-        trained = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
-        if world > 1:
-            self._drop_untouched(trained)
+            self.manual_backward(self(lambda _: (torch.zeros((), device=self.device), {}), None, True, None)[0])
+        trained = self._trained()
+        if touched is not None:
+            self._drop_untouched(trained, touched)
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]))
         if not self._finite(sums["loss"], norm, trained):
             optimizer.zero_grad()
@@ -237,7 +240,11 @@ class PolicyModule(L.LightningModule):
         return False
 
     def forward(
-        self, loss: Callable[[M], tuple[Tensor, dict[str, Tensor]]], micro_batch: M, waited_for: bool
+        self,
+        loss: Callable[[M], tuple[Tensor, dict[str, Tensor]]],
+        micro_batch: M,
+        waited_for: bool,
+        touched: set[str] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A learner's pass: sharded weights are whole within it, and what they are sharded by hangs on its output.
 
@@ -245,17 +252,22 @@ class PolicyModule(L.LightningModule):
             loss: see `update`.
             micro_batch: what it is of.
             waited_for: whether other ranks wait for the gradients of this pass.
+            touched: takes the names of the parameters that the loss depends on.
         """
         loss_sum, sums = loss(micro_batch)
+        if touched is not None:
+            touched |= reached(loss_sum, self._trained())
         return (loss_sum + self._nothing() if waited_for else loss_sum), sums
 
-    def _drop_untouched(self, trained: Mapping[str, torch.nn.Parameter]) -> None:
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+
+    def _drop_untouched(self, trained: Mapping[str, torch.nn.Parameter], touched: set[str]) -> None:
         """Leave parameters alone that no rank's loss depended on, as one process would: a gradient of zeros moves them,
-        by weight decay and by what the optimizer remembers. (Zeros everywhere are those of a loss.)"""
-        found = torch.stack([own(p.grad).any() for p in trained.values() if p.grad is not None]).float()
-        touched = self.trainer.strategy.reduce(found, reduce_op="sum").tolist()
-        for parameter, some in zip((p for p in trained.values() if p.grad is not None), touched, strict=True):
-            if any(touched) and not some:
+        by weight decay and by what the optimizer remembers."""
+        by_any = reached_by_any(touched, list(trained), self.trainer.strategy, self.device)
+        for name, parameter in trained.items():
+            if name not in by_any:
                 parameter.grad = None
 
     def _nothing(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modules.backbones.base import Backbone, visual_blocks
 from modules.backbones.cache import RaggedCache
-from modules.prompts import Part, make_prompts
+from modules.prompts import Part, Prompt, solve
 from modules.trajectory import Sample, Visual
 
 SLACK = 0.02  # padded positions that are computed, at most, for each real one
@@ -116,33 +116,73 @@ class Prefix:
 
 
 class Prompts:
-    """The prompts of a rollout's questions.
+    """The prompts of questions, each made when it is first asked for; an image or examples that several have are one.
 
-    An image is encoded when the first prompt that shows it is computed, and examples are computed before the first
-    question that has them; both are kept for as long as later prompts need them.
+    What was made is kept until `keep` is told that nobody needs it.
 
     Args:
         backbone: the policy.
-        samples: the questions, in the order in which they will be computed.
-
-    Raises:
-        PolicyError: see `make_prompts`.
     """
 
-    def __init__(self, backbone: Backbone, samples: Sequence[Sample]) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.prompts = make_prompts(backbone, samples)
-        self._last: dict[Visual | Part, int] = {}  # the last prompt that needs it
-        for number, prompt in enumerate(self.prompts):
-            self._last |= dict.fromkeys(prompt.visuals, number)
-            if prompt.solved is not None:
-                self._last[prompt.solved] = number
+        self._prompts: dict[Sample, Prompt] = {}
+        self._seen: dict[int, Visual] = {}  # by the image's id
+        self._solved: dict[int, Part] = {}  # by the examples' id
+
+    def make(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """The prompt of each question.
+
+        Raises:
+            PolicyError: an example that the policy could not have written, see `modules.prompts.solve`.
+        """
+        new = [sample for sample in dict.fromkeys(samples) if sample not in self._prompts]
+        images = {id(image): image for sample in new for image in sample.images if id(image) not in self._seen}
+        if images:
+            self._seen |= zip(images, self.backbone.see(list(images.values())), strict=True)
+        for sample in new:
+            if sample.examples and id(sample.examples) not in self._solved:
+                self._solved[id(sample.examples)] = solve(self.backbone, sample.examples)
+            before = self._solved.get(id(sample.examples))
+            seen = tuple(self._seen[id(image)] for image in sample.images)
+            ask = self.backbone.prompt_ids if before is None else self.backbone.following_ids
+            self._prompts[sample] = Prompt(before, Part(ask(sample, seen), seen))
+        return [self._prompts[sample] for sample in samples]
+
+    def made(self, samples: Iterable[Sample]) -> set[Visual | Part]:
+        """As far as they exist: what the images of questions are seen as, and their examples."""
+        questions = set(samples)
+        seen = {self._seen.get(id(image)) for sample in questions for image in sample.images}
+        solved = {self._solved.get(id(sample.examples)) for sample in questions}
+        return {part for part in seen | solved if part is not None}
+
+    def keep(self, samples: Iterable[Sample]) -> None:
+        """Forget what none of these questions needs."""
+        questions = set(samples)
+        needed = self.made(questions)
+        self._prompts = {sample: prompt for sample, prompt in self._prompts.items() if sample in questions}
+        self._seen = {key: visual for key, visual in self._seen.items() if visual in needed}
+        self._solved = {key: part for key, part in self._solved.items() if part in needed}
+
+
+class Prefill:
+    """Computes prompts.
+
+    An image is encoded with the first prompt that shows it, and examples are computed before the first question that
+    has them; both are kept here while questions wait that need them. Of a frozen tower, `Backbone.features` keeps an
+    image's features longer: for as long as its visual lives, thus with every trajectory that shows it.
+
+    Args:
+        backbone: the policy.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
         self._features: dict[Visual, Tensor] = {}
         self._solved: dict[Part | None, Prefix] = {}
 
-    def compute(self, numbers: Sequence[int]) -> list[Prefix]:
-        """The n-th of ``numbers`` of the prompts; those of one length and with the same examples go together."""
-        prompts = [self.prompts[number] for number in numbers]
+    def compute(self, prompts: Sequence[Prompt], needed: Set[Visual | Part]) -> list[Prefix]:
+        """Prompts, those of one length and with the same examples together; of what they share, ``needed`` is kept."""
         examples = list(dict.fromkeys(p.solved for p in prompts if p.solved is not None))
         new = [part for part in examples if part not in self._solved]
         visuals = [visual for part in [*new, *(p.asked for p in prompts)] for visual in part.visuals]
@@ -156,12 +196,8 @@ class Prompts:
             members = [k for k, prompt in enumerate(prompts) if prompt.solved is before]
             parts = [prompts[k].asked for k in members]
             found |= zip(members, self._prefixes(parts, self._solved.get(before)), strict=True)
-        for prompt in prompts:
-            for visual in prompt.visuals:
-                if self._last[visual] <= numbers[-1]:
-                    self._features.pop(visual, None)
-            if prompt.solved is not None and self._last[prompt.solved] <= numbers[-1]:
-                self._solved.pop(prompt.solved, None)
+        self._features = {visual: feature for visual, feature in self._features.items() if visual in needed}
+        self._solved = {part: prefix for part, prefix in self._solved.items() if part in needed}
         return [found[k] for k in range(len(prompts))]
 
     def _prefixes(self, parts: Sequence[Part], before: Prefix | None) -> list[Prefix]:

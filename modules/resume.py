@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
 
 def begin_next_epoch(checkpoint: dict[str, Any]) -> None:
     """Turn a checkpoint of an epoch's last batch into one of the beginning of the next epoch.
@@ -31,3 +33,17 @@ def begin_next_epoch(checkpoint: dict[str, Any]) -> None:
         counts["processed"] = counts["completed"] = counts["started"]
         counts["ready"] = counts["started"] + 1
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
+
+def forget_restart(loop: _TrainingEpochLoop) -> None:
+    """Let an epoch that `begin_next_epoch` has begun be one like others.
+
+    Where a validation comes every so many batches, Lightning 2.6 takes the beginning of such an epoch for a place where
+    one has just been, skips it together with a batch that it does not take, and counts that batch on the curves.
+
+    Args:
+        loop: as it is when training starts, before its first batch.
+    """
+    if loop.restarted_on_last and loop.batch_progress.current.ready == 0:
+        loop.restarting = False
+        loop.reset_restart_stage()

@@ -16,7 +16,7 @@ import torch
 
 import train
 from commands.cli import cli
-from modules.checkpoints import WholeCheckpointIO
+from modules.checkpoints import PART, WholeCheckpointIO
 from modules.errors import PolicyError
 from tests.cli_stand_ins import CONFIG, TinyPolicy
 
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_written_to_its_end_is_no_checkpoint(limit: str) -
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         if limit == "device":
-            Path("last.ckpt.part").symlink_to("/dev/full")
+            Path(PART).symlink_to("/dev/full")
         else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
         with pytest.raises(
@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_written_to_its_end_is_no_checkpoint(limit: str) -
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert Path("last.ckpt").read_bytes() == before
-    assert not Path("last.ckpt.part").exists()
+    assert not Path(PART).exists()
 
 
 def test_other_errors_of_torch_are_left_as_they_are() -> None:
@@ -134,8 +134,12 @@ def test_a_kill_in_the_middle_of_writing_leaves_a_whole_checkpoint() -> None:
         found = torch.load("last.ckpt", weights_only=True)
         assert found["first"] == found["last"]
         assert bool((found["weights"] == found["first"]).all())
-        torn += Path("last.ckpt.part").exists()
+        torn += Path(PART).exists()
     assert torn  # some of them hit it while it wrote
+    Path(PART).write_bytes(b"what such a kill leaves")
+    io.save_checkpoint({}, "step=7.ckpt")  # of a name that comes once
+    assert {path.name for path in Path().iterdir()} >= {"last.ckpt", "step=7.ckpt"}
+    assert not list(Path().glob("*.part"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])

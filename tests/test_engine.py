@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,9 +13,9 @@ from modules.backbones.scaling import ScalerConfig
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import Decoding, Flight, GroupSampler, LocalEngine, Request
 from modules.environment import REFUSALS
-from modules.prefill import buckets
+from modules.prefill import Prompts, buckets
 from modules.scoring import collate, token_log_probs
-from modules.trajectory import Sample, StopReason, Trajectory
+from modules.trajectory import Sample, StopReason, Trajectory, Visual
 from tests.conftest import make_backbone, make_samples, scripted
 
 LIMITS = {"max_turns": 4, "max_turn_tokens": 12}
@@ -260,3 +263,52 @@ def test_the_prefix_is_kept_for_members_that_wait_and_no_longer() -> None:
     assert list(flight.prefixes) == [0]
     whole = Flight(make_backbone(), GroupSampler(3).requests(samples, seed=0), Decoding(**LIMITS), places=3)
     assert whole.prefixes == {}
+
+
+def test_an_image_is_scaled_with_the_first_prompt_that_shows_it_and_kept_for_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone = make_backbone()
+    samples = make_samples(6)
+    samples[4] = replace(samples[4], images=samples[0].images)  # far apart, one image
+    images = {id(sample.images[0]): k for k, sample in enumerate(samples[:4] + samples[5:])}
+    seen: list[list[int]] = []
+    encoded: list[Visual] = []
+    see, encode = TimmLMBackbone.see, TimmLMBackbone.encode
+
+    def watched(self: TimmLMBackbone, shown: Sequence[torch.Tensor]) -> list[Visual]:
+        seen.append([images[id(image)] for image in shown])
+        return see(self, shown)
+
+    def noted(self: TimmLMBackbone, visuals: Sequence[Visual]) -> list[torch.Tensor]:
+        encoded.extend(visual for visual in visuals if visual.role == "image")
+        return encode(self, visuals)
+
+    monkeypatch.setattr(TimmLMBackbone, "see", watched)
+    monkeypatch.setattr(TimmLMBackbone, "encode", noted)
+    flight = Flight(backbone, GroupSampler(2).requests(samples, seed=3), Decoding(**LIMITS), places=2)
+    assert seen == [[0]]
+    found = dict(flight.run())
+    assert sorted(number for part in seen for number in part) == [0, 1, 2, 3, 4]
+    assert len(encoded) == len(set(encoded)) == 5
+    assert {found[number].visuals[0] for number in (0, 1, 8, 9)} == {encoded[0]}
+
+
+def test_prompts_are_made_once_and_forgotten_when_nobody_needs_them() -> None:
+    samples = make_samples(5)
+    examples = tuple(samples[4:])
+    samples = [replace(sample, examples=examples) for sample in samples[:4]]
+    samples[1] = replace(samples[1], images=samples[0].images)
+    prompts = Prompts(make_backbone(context_length=512))
+    first, second = prompts.make(samples[:2])
+    assert prompts.make([samples[0]]) == [first]
+    assert first.solved is second.solved
+    assert first.asked.visuals == second.asked.visuals
+    assert prompts.made(samples[2:]) == {first.solved}
+    assert prompts.made(samples[1:]) == {first.solved, first.asked.visuals[0]}
+    prompts.keep(samples[1:])
+    (again, *_) = prompts.make(samples)
+    assert again is not first  # but made of what the others needed
+    assert (again.solved, again.asked.visuals) == (first.solved, first.asked.visuals)
+    prompts.keep([])
+    assert prompts.made(samples) == set()

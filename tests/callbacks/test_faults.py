@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -181,17 +182,11 @@ def test_a_dump_runs_nothing(tmp_path: Path) -> None:
 # --- memory ---
 
 
-def test_a_rollout_that_runs_out_of_memory_is_flown_in_halves(
-    zooming: TimmLMBackbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    requests = GroupSampler(3).requests(make_samples(4), seed=5)
-    decoding = Decoding(**LIMITS)
-    expected = LocalEngine().rollout(zooming, requests, decoding)
+def heavy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on four trajectories fit into memory, noticed in the middle; returns with how many each flight began."""
     flown: list[int] = []
 
     class Heavy(engines.Flight):
-        """Fits four trajectories into memory, and notices in the middle."""
-
         def _sample(self) -> Tensor:
             if len(self.rows) > 4 and max(len(row.ids) for row in self.rows) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -202,6 +197,16 @@ def test_a_rollout_that_runs_out_of_memory_is_flown_in_halves(
             return super().run()
 
     monkeypatch.setattr(engines, "Flight", Heavy)
+    return flown
+
+
+def test_a_rollout_that_runs_out_of_memory_is_flown_in_halves(
+    zooming: TimmLMBackbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = GroupSampler(3).requests(make_samples(4), seed=5)
+    decoding = Decoding(**LIMITS)
+    expected = LocalEngine().rollout(zooming, requests, decoding)
+    flown = heavy(monkeypatch)
     engine = LocalEngine()
     found = engine.rollout(zooming, requests, decoding)
     assert flown == [12, 6, 3]  # from then on three at once, each place taken by the next
@@ -211,6 +216,80 @@ def test_a_rollout_that_runs_out_of_memory_is_flown_in_halves(
     flown.clear()
     engine.rollout(zooming, requests, decoding)
     assert flown == [3]  # it is not tried again
+
+
+def test_a_few_that_run_out_of_memory_halve_their_own_rollout_only(
+    zooming: TimmLMBackbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = GroupSampler(3).requests(make_samples(4), seed=5)
+    expected = LocalEngine().rollout(zooming, requests, Decoding(**LIMITS))
+    engine = LocalEngine(max_batch=16)
+    engine.rollout(zooming, GroupSampler(4).requests(make_samples(4), seed=5), Decoding(**LIMITS))
+    flown = heavy(monkeypatch)
+    for _ in range(2):
+        found = engine.rollout(zooming, requests, Decoding(**LIMITS))
+        assert flown == [12, 6, 3]
+        assert [t.completion_ids.tolist() for t in found] == [t.completion_ids.tolist() for t in expected]
+        flown.clear()
+    assert (engine.fits, engine.halved) == (16, 4)
+    assert "12 trajectories ran out of memory; in this rollout 6 at once" in caplog.text
+
+
+def test_what_ends_in_the_round_that_runs_out_of_memory_stays(
+    zooming: TimmLMBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = GroupSampler(4).requests(make_samples(3), seed=5)
+    expected = LocalEngine().rollout(zooming, requests, Decoding(**LIMITS))
+    staying: list[int] = []  # when memory ran out
+    started: list[int] = []
+
+    class Heavy(engines.Flight):
+        """The pass behind the first trajectories that end does not fit."""
+
+        def __init__(self, backbone: Any, asked: Any, *rest: Any) -> None:
+            started.append(len(asked))
+            super().__init__(backbone, asked, *rest)
+
+        def advance(self, ids: Tensor, shown: Any) -> None:
+            if not staying and len(self.rows) < len(requests):
+                staying.extend(row.number for row in self.rows)
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            super().advance(ids, shown)
+
+    monkeypatch.setattr(engines, "Flight", Heavy)
+    found = LocalEngine().rollout(zooming, requests, Decoding(**LIMITS))
+    assert started == [12, len(staying)]
+    assert [t.completion_ids.tolist() for t in found] == [t.completion_ids.tolist() for t in expected]
+    # a group that was torn apart still shows one visual: packed, it is one prompt
+    assert any(0 < sum(k <= number < k + 4 for number in staying) < 4 for k in (0, 4, 8))
+    assert [len({t.visuals[0] for t in found[k : k + 4]}) for k in (0, 4, 8)] == [1, 1, 1]
+
+
+def test_out_of_memory_frees_images_and_only_those_that_start_are_scaled(
+    zooming: TimmLMBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = make_samples(8)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    scaled: list[tuple[int, int]] = []
+    see = TimmLMBackbone.see
+
+    def watched(self: TimmLMBackbone, images: Any) -> Any:
+        scaled.append((len(alive), len(images)))
+        visuals = see(self, images)
+        alive.update(visuals)
+        return visuals
+
+    def fail(self: engines.Flight) -> Tensor:
+        if len(self.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample(self)
+
+    sample = engines.Flight._sample
+    monkeypatch.setattr(TimmLMBackbone, "see", watched)
+    monkeypatch.setattr(engines.Flight, "_sample", fail)
+    LocalEngine(max_batch=4).rollout(zooming, [Request(s, 0) for s in samples], Decoding(**LIMITS))
+    assert scaled[:2] == [(0, 4), (0, 2)]  # already there, new
+    assert sum(new for _, new in scaled) == 4 + 8
 
 
 def test_one_trajectory_that_does_not_fit_ends_the_run(

@@ -13,6 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from callbacks.progress import RunProgressBar, clock, metric_table, pace
+from callbacks.rollout import RolloutCallback
+from modules.engine import LocalEngine
+from modules.rewards import Accuracy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -201,6 +204,32 @@ def test_long_evaluation_tells_where_it_is_and_how_long_it_will_take(
         "test  batch 2/3  0:40 + 0:20 left  20.00 s/batch",
         "test  batch 3/3  1:00 + 0:00 left  20.00 s/batch",
     ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_rollout_tells_how_many_have_ended(
+    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    bar, engine = RunProgressBar(line_seconds=12), LocalEngine()
+    fit = trainer(tmp_path, bar)
+    fit.callbacks.append(RolloutCallback(engine, rewards={"accuracy": Accuracy()}))  # type: ignore[attr-defined]
+    bar.setup(fit, Model(), "fit")
+    assert engine.watcher is not None
+    for ended, seconds in ((1, 5.0), (2, 20.0), (3, 21.0), (4, 40.0), (8, 60.0), (1, 2.0)):
+        now[0] = 100.0 + seconds
+        engine.watcher(ended, 8, seconds)
+    said = capsys.readouterr()
+    if terminal:
+        assert "rollout:  25%" in said.err
+        assert bar._rollout_bar is None  # closed behind the last
+    else:
+        assert said.out.splitlines() == [
+            "rollout  2/8 trajectories  0:20 + 1:00 left",
+            "rollout  4/8 trajectories  0:40 + 0:40 left",
+        ]
 
 
 def test_formats() -> None:

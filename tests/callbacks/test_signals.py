@@ -103,14 +103,32 @@ class WhileValidating(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class BeforeValidating(WhileValidating):
+    """Asks for it in the batch before."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("asks", [WhileValidating, BeforeValidating])
 @pytest.mark.parametrize("at", [2, 4])
-def test_a_signal_in_a_validation_ends_the_run_behind_it(at: int, tmp_path: Path) -> None:
+def test_a_signal_in_or_before_a_validation_ends_the_run_behind_it(
+    at: int, asks: type[WhileValidating], tmp_path: Path
+) -> None:
     batches = [SampleBatch(make_samples(2, seed=k)) for k in range(4)]
     went_on: list[int] = []
+    measured: list[int] = []
 
     class Next(L.Callback):
         def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             went_on.append(trainer.global_step)
+
+        def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            measured.append(trainer.global_step)
 
     def run(*more: L.Callback, **options: Any) -> SFTModule:
         module = SFTModule(make_backbone(), optimizer=partial(torch.optim.AdamW, lr=1e-3))
@@ -123,13 +141,15 @@ def test_a_signal_in_a_validation_ends_the_run_behind_it(at: int, tmp_path: Path
 
     whole = weights(run())
     went_on.clear()
+    measured.clear()
     with pytest.raises(SystemExit) as end:
-        run(WhileValidating(at))
+        run(asks(at))
     assert end.value.code == 128 + signal.SIGTERM
     assert went_on == []  # neither an export nor the next stage
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == at
     assert furthest(whole, weights(run(ckpt_path=str(tmp_path / "last.ckpt")))) == 0
     assert went_on == [4]
+    assert measured == [2, 4]
 
 
 def test_a_signal_behind_the_last_batch_is_not_forgotten(tmp_path: Path) -> None:

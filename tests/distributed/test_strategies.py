@@ -84,6 +84,21 @@ def test_any_number_of_processes_goes_on_from_a_checkpoint_of_another(folder: Pa
     assert furthest(weights(halves["one"]), ends[0]) > 1e-3
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_adapters_take_as_many_steps_as_in_one_process(folder: Path, strategy: str) -> None:
+    """The first gradient of an adapter's first matrix is exactly 0, which the optimizer counts as one."""
+    adam = [f"--model.init_args.optimizer.{o}" for o in ("class_path=torch.optim.AdamW", "init_args.lr=1e-2")]
+    lora = [f"--model.init_args.lora.{o}" for o in ("rank=2", "targets=[vision,language]")]
+    ends = {}
+    for name in ("one", strategy):
+        last = fit(folder, "sft", name, *adam, *lora, "--trainer.max_steps=4", name=f"adapters-{name}")
+        ends[name] = torch.load(last, weights_only=True)
+    steps = [[float(state["step"]) for state in end["optimizer_states"][0]["state"].values()] for end in ends.values()]
+    assert len(steps[0]) >= 8
+    assert steps[0] == steps[1]
+    assert furthest(*(end["state_dict"] for end in ends.values())) < 1e-5
+
+
 def test_validation_of_two_processes_counts_every_question_once(folder: Path) -> None:
     found = {}
     for name in ("one", "ddp", "fsdp"):
