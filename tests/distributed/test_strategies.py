@@ -69,7 +69,7 @@ def test_two_processes_of_unequal_work_come_to_what_one_comes_to(folder: Path, k
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_any_number_of_processes_goes_on_from_a_checkpoint_of_another(folder: Path, kind: str, strategy: str) -> None:
     adam = ["--model.init_args.optimizer.class_path=torch.optim.AdamW", "--model.init_args.optimizer.init_args.lr=1e-3"]
-    frozen = [*adam, "--model.init_args.freeze=[vision]"]
+    frozen = [*adam, "--model.init_args.freeze=[vision]"] if strategy == "ddp" else adam  # see docs/distributed.md
     halves = {}
     for name in ("one", strategy):
         more = [*frozen, "--checkpoint.every_n_train_steps=2", "--checkpoint.save_top_k=-1"]
@@ -112,7 +112,7 @@ def test_validation_of_two_processes_counts_every_question_once(folder: Path) ->
 
 
 def test_a_rank_that_hangs_fails_loudly(folder: Path) -> None:
-    with pytest.raises(ranks.Hung, match=r"(?s)rank 0.*all_reduce.*rank 1.*sleeps_like_a_log"):
+    with pytest.raises(ranks.Hung, match=r"(?s)rank 0.*_sum_over_ranks.*rank 1.*sleeps_like_a_log"):
         ranks.run([*FIT, "--run_dir=hung", *STRATEGIES["ddp"]], folder, timeout=30, prepare=hang)
 
 
