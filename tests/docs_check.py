@@ -46,7 +46,6 @@ NOT_RUN = {  # how a command begins -> why
     "sbatch": CLUSTER,
     "bash slurm/chain.sh": CLUSTER,
     "python train.py fit --config configs/rgrpo.yaml": GPU,
-    "python train.py fit --config configs/vlm_r3": GPU,
     "python train.py test --config configs/eval/mathvista.yaml": GPU,
     "python train.py export": "needs the checkpoint of a model of the hub",
     "python train.py pipeline": "takes hours; `tests/test_pipeline.py` runs a short one",

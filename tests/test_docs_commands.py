@@ -51,6 +51,8 @@ def check(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(re.fullmatch(r"[A-Z_]+=.*", value) for value in values)
         case ["python", "train.py", *args]:
             parse(train.main, args)
+        case ["python", "-m", "pytest", "-m", _, *places]:
+            assert all((ROOT / place).exists() for place in places)
         case ["python", "-m", name, *args]:
             if name not in MODULES:
                 module = "datamodules.vlir.__main__" if name == "datamodules.vlir" else name
