@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from modules.errors import PolicyError
+from modules.store import synchronise
 
 PART = ".checkpoint.part"  # one name in a folder: what a kill leaves of it is written over by the next checkpoint
 
@@ -59,16 +60,6 @@ def unwritten(file: Path, error: Exception) -> str:
         else "There is no earlier one: make room, or give another `--run_dir`, and run the same command"
     )
     return f"Expected to write the checkpoint {str(file)!r}, but it fails: {cause}. {left}."
-
-
-def synchronise(folder: Path) -> None:
-    """Let a rename outlive a crash of the machine, where folders can be synchronised."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def others(file: Path) -> str:

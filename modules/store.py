@@ -50,7 +50,7 @@ class Store:
                 with contextlib.suppress(OSError):
                     os.unlink(file.name)
                 raise
-        _sync(path.parent)
+        synchronise(path.parent)
 
     def values(self) -> Iterator[dict[str, Any]]:
         """Everything that is kept, in the order of the files' names."""
@@ -67,7 +67,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _sync(folder: Path) -> None:
+def synchronise(folder: Path) -> None:
     """Let a rename outlive a crash of the machine, where folders can be synchronised."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
