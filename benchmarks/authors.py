@@ -40,7 +40,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.alternating import Alternating, RolledOut
-from benchmarks.step import GROUP, TEXT, RandomReward, Same, build_model, pictures
+from benchmarks.elsewhere import Elsewhere, Turn
+from benchmarks.step import GROUP, QUESTIONS, TEXT, RandomReward, Same, build_model, pictures
 from benchmarks.table import Row, ratio, seconds_of
 from callbacks.rollout import RolloutCallback
 from modules.backbones.qwen_vl import QwenVLBackbone
@@ -226,6 +227,18 @@ class Authors:
         self.optimizer.step()
 
 
+def published(turn: Turn, folder: Path, group: int) -> None:
+    """The published algorithm, a step a turn; it tells what it has done so far."""
+    transformers_logging.set_verbosity_error()
+    authors = Authors(folder, group)
+    told = None
+    with authors.work.of(authors.model):
+        while True:
+            turn(told)
+            authors.step()
+            told = {"crops": authors.crops, "tokens": authors.work.tokens, "images": authors.work.images}
+
+
 def crop(image: Image.Image, coords: tuple[float, float, float, float]) -> Image.Image:
     """The zoomed crop in the size that ours has, so that both sides read as many tokens of it."""
     width, height = coords[2] - coords[0], coords[3] - coords[1]
@@ -261,29 +274,27 @@ def against_authors(steps: int = 3, group: int = GROUP, warm_up: int = 1) -> Row
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
         plant(model, Qwen2_5_VLProcessor.from_pretrained(folder).tokenizer)
         model.save_pretrained(folder)
-        theirs, policy, work = Authors(folder, group), our_policy(folder), Work()
-        clock, rolled = Alternating(theirs.step, warm_up), RolledOut()
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=all_steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[
-                clock,
-                RolloutCallback(
-                    sampler=GroupSampler(group),
-                    rewards={"random": RandomReward()},
-                    decoding=Decoding(max_turns=TURNS, max_turn_tokens=TURN_TOKENS),
-                ),
-                rolled,
-            ],
+        policy, work, rolled = our_policy(folder), Work(), RolledOut()
+        theirs: list[dict[str, int]] = []  # after each of their steps
+        rollout = RolloutCallback(
+            sampler=GroupSampler(group),
+            rewards={"random": RandomReward()},
+            decoding=Decoding(max_turns=TURNS, max_turn_tokens=TURN_TOKENS),
         )
-        with work.of(policy.backbone.model), theirs.work.of(theirs.model):
+        with Elsewhere(published, folder, group) as other, work.of(policy.backbone.model):
+            clock = Alternating(lambda: theirs.append(other.step()), warm_up)
+            trainer = L.Trainer(
+                accelerator="cpu",
+                max_steps=all_steps,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[clock, rollout, rolled],
+            )
             trainer.fit(policy, Same(all_steps))
     value, spread = ratio(clock.seconds["other"], clock.seconds["ours"])
-    n = len(theirs.images) * group
+    n, per_step = QUESTIONS * group, {name: total / all_steps for name, total in theirs[-1].items()}
     return Row(
         "trajectories/s of a step with two crops, G 8 / the published algorithm",
         value,
@@ -293,10 +304,10 @@ def against_authors(steps: int = 3, group: int = GROUP, warm_up: int = 1) -> Row
         detail={
             "seconds_a_step": seconds_of({"ours": clock.seconds["ours"], "published": clock.seconds["other"]}),
             "trajectories": n,
-            "crops_a_trajectory": {"ours": statistics.mean(rolled.crops), "published": theirs.crops / n / all_steps},
+            "crops_a_trajectory": {"ours": statistics.mean(rolled.crops), "published": per_step["crops"] / n},
             "sampled_tokens_a_trajectory": statistics.mean(rolled.sampled),
-            "computed_positions_a_step": {"ours": work.tokens / all_steps, "published": theirs.work.tokens / all_steps},
-            "encoded_images_a_step": {"ours": work.images / all_steps, "published": theirs.work.images / all_steps},
+            "computed_positions_a_step": {"ours": work.tokens / all_steps, "published": per_step["tokens"]},
+            "encoded_images_a_step": {"ours": work.images / all_steps, "published": per_step["images"]},
         },
     )
 

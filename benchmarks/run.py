@@ -26,14 +26,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.large import NEED_A_GPU
 from benchmarks.table import Row, markdown
 
-MODULES = ("step", "authors", "rollout", "learner", "quickstart")  # of this package, each with its ROWS
+MODULES = ("step", "authors", "rollout", "learner", "quickstart", "large")  # of this package, each with its ROWS
 LIBRARIES = ("torch", "transformers", "lightning", "trl", "timm", "numpy")
-NEED_A_GPU = (
-    "decode step of a 7B, 64 trajectories in flight / weights and cache read once",
-    "learner step of a 7B with LoRA, share of the measured matrix rate",
-)
 
 
 def known_rows() -> dict[str, Callable[[], Row]]:
@@ -83,14 +80,22 @@ def measure(rows: dict[str, Callable[[], Row]], file: Path) -> tuple[list[Row], 
         The rows, and of those that could not be measured the name and why.
     """
     done: list[Row] = []
-    not_run = {name: "no GPU" if not torch.cuda.is_available() else "not written yet" for name in NEED_A_GPU}
+    without = {} if torch.cuda.is_available() else NEED_A_GPU
+    not_run = dict.fromkeys(without.values(), "no GPU")
     told: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "rows": [],
     }
+
+    def save() -> None:
+        file.write_text(json.dumps({**told, "not_run": not_run}, indent=2) + "\n", encoding="utf-8")
+
     file.parent.mkdir(parents=True, exist_ok=True)
+    save()
     for name, run in rows.items():
+        if name in without:
+            continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         start, load = time.perf_counter(), os.getloadavg()[0]
         try:
@@ -105,7 +110,7 @@ def measure(rows: dict[str, Callable[[], Row]], file: Path) -> tuple[list[Row], 
                 "load": [round(load, 2), round(os.getloadavg()[0], 2)],
             }
             told["rows"].append({"id": name, **asdict(row), "met": row.met, **took})
-        file.write_text(json.dumps({**told, "not_run": not_run}, indent=2) + "\n", encoding="utf-8")
+        save()
     return done, not_run
 
 

@@ -4,13 +4,12 @@
 
 Both train the same tiny random Qwen2.5-VL (hidden 128, 4 layers, 4 heads, vocabulary 152,064) on one image of
 224 x 224 a question: 2 questions x 8 completions of 64 tokens, a random reward, no KL, one batch, float32, vision
-tower frozen, fused AdamW. The two take turns, step by step.
+tower frozen, fused AdamW. The two take turns, step by step, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.alternating import Alternating
+from benchmarks.elsewhere import Elsewhere, Turn
 from benchmarks.families import FAMILIES, tokenizer_of
 from benchmarks.table import Row, ratio, seconds_of
 from callbacks.rollout import RolloutCallback
@@ -105,42 +105,12 @@ def our_policy(folder: Path) -> RGRPOModule:
     )
 
 
-class Peer:
-    """TRL's trainer, in a thread of its own that waits between two steps; `step` lets it make one.
+def trl(turn: Turn, folder: Path, steps: int) -> None:
+    """TRL's trainer, which waits for its turn where a step is to begin.
 
     A step is all of it: generation, reward, loss, gradient, clipping, optimizer (`transformers`' default, the fused
     AdamW).
     """
-
-    def __init__(self, folder: Path, steps: int) -> None:
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._failed: BaseException | None = None
-        self._trainer = trl_trainer(folder, steps, self._go, self._done)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self._wait()  # until its first step is to begin
-
-    def _run(self) -> None:
-        try:
-            self._trainer.train()
-        except BaseException as error:  # raised again where somebody waits for the step
-            self._failed = error
-        finally:
-            self._done.release()
-
-    def _wait(self) -> None:
-        self._done.acquire()
-        if self._failed is not None:
-            raise RuntimeError("Expected TRL's trainer to make a step, but it failed.") from self._failed
-
-    def step(self) -> None:
-        """From the beginning of an optimizer step to that of the next one."""
-        self._go.release()
-        self._wait()
-
-
-def trl_trainer(folder: Path, steps: int, go: threading.Semaphore, done: threading.Semaphore) -> Any:
-    """The trainer, which says ``done`` where a step is to begin and waits there for ``go``."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.trainer.grpo_config import GRPOConfig
@@ -148,9 +118,12 @@ def trl_trainer(folder: Path, steps: int, go: threading.Semaphore, done: threadi
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            done.release()
-            go.acquire()
+            turn(None)
 
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            turn(None)
+
+    transformers_logging.set_verbosity_error()
     asked = [{"role": "user", "content": TEXT}]
     rows = [{"prompt": asked, "image": Image.fromarray(pixels)} for pixels in pictures()] * steps
     config = GRPOConfig(
@@ -172,14 +145,14 @@ def trl_trainer(folder: Path, steps: int, go: threading.Semaphore, done: threadi
     )
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     model.model.visual.requires_grad_(False)
-    return GRPOTrainer(
+    GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: torch.rand(len(completions)).tolist(),
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=Qwen2_5_VLProcessor.from_pretrained(folder),
         callbacks=[Turns()],
-    )
+    ).train()
 
 
 def against_trl(steps: int = 3, warm_up: int = 1) -> Row:
@@ -194,22 +167,23 @@ def against_trl(steps: int = 3, warm_up: int = 1) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_model(folder)
-        clock = Alternating(Peer(folder, all_steps).step, warm_up)
         rollout = RolloutCallback(
             sampler=GroupSampler(GROUP),
             rewards={"random": RandomReward()},
             decoding=Decoding(max_turns=1, max_turn_tokens=NEW_TOKENS),
         )
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=all_steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[clock, rollout],
-        )
-        trainer.fit(our_policy(folder), Same(all_steps))
+        with Elsewhere(trl, folder, all_steps) as peer:
+            clock = Alternating(peer.step, warm_up)
+            trainer = L.Trainer(
+                accelerator="cpu",
+                max_steps=all_steps,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[clock, rollout],
+            )
+            trainer.fit(our_policy(folder), Same(all_steps))
     value, spread = ratio(clock.seconds["other"], clock.seconds["ours"])
     return Row(
         "trajectories/s of a whole optimizer step, single turn / TRL's GRPOTrainer",

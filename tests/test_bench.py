@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch
 from benchmarks import run
 from benchmarks.alternating import Alternating
 from benchmarks.authors import SCRIPT, against_authors, followers
+from benchmarks.elsewhere import Elsewhere
+from benchmarks.large import Size, decode_step, lora_step
 from benchmarks.quickstart import CROP, PlainLoop, Policy, against_plain_loop
 from benchmarks.table import Row, interleaved, markdown, ratio, threads
+from tests.taking_turns import counting, dying
 
 
 def row(value: float = 2.0, target: float = 1.0, at_most: bool = False, name: str = "a / b") -> Row:
@@ -103,6 +107,22 @@ def test_a_run_and_the_other_side_are_timed_apart(clock: Callable[[float], None]
         clock(ours)
     callback.on_train_end()
     assert callback.seconds == {"ours": [1.5, 3.5], "other": [5.0, 5.0]}
+
+
+def test_the_other_side_takes_a_turn_when_it_is_asked_to() -> None:
+    with Elsewhere(counting, 5, 2) as other:
+        assert [other.step(), other.step()] == [5, 6]
+        with pytest.raises(RuntimeError, match=r"(?s)counting to take its turn, but it failed.*no more numbers"):
+            other.step()
+    assert not multiprocessing.active_children()
+
+
+def test_an_other_side_that_dies_is_not_waited_for() -> None:
+    with (
+        Elsewhere(dying) as other,
+        pytest.raises(RuntimeError, match="dying to take its turn, but it ended with 7"),
+    ):
+        other.step()
 
 
 @pytest.fixture
@@ -195,4 +215,48 @@ def test_the_quickstart_is_compared_as_it_is_run() -> None:
     found = against_plain_loop(steps=2, warm_up=2, images=12)
     assert found.detail["trajectories_a_step"] == {"ours": 128, "plain_loop": 128}
     assert found.detail["sampled_tokens_a_trajectory"]["plain_loop"] == 9
+    assert found.value > 0
+
+
+TINY = Size(
+    text={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    },
+    vision={
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+    },
+    pixels=112,
+    copied=16,
+    multiplied=128,
+)
+VOCABULARY = 152_064
+
+
+def test_a_decode_step_is_held_against_all_weights_and_all_that_is_kept() -> None:
+    found = decode_step(TINY, "cpu", group=2, lengths=(4, 16), rounds=1)
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + (64 + 2 * 32) + 2 * 64  # products, their biases, norms
+    assert found.detail["weights_bytes"] == 2 * (2 * layer + 64 + VOCABULARY * 64)  # of bfloat16; with the last norm
+    tokens = found.detail["cache_bytes"] / (4 * 2 * 2 * 2 * 16 * 2)  # trajectories, layers, keys and values, heads
+    assert 16 + 10 < tokens < 16 + 10 + 40  # 4 x 4 of the image, half of 4 + 16, and the words around
+    assert found.value > 0
+
+
+def test_operations_of_a_learners_step_are_twice_a_forward_passs() -> None:
+    found = lora_step(TINY, "cpu", group=2, tokens=8, rounds=1)
+    head = 2 * 16 * 64 * VOCABULARY
+    assert found.detail["tokens"] == 16
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    adapters = 2 * 16 * (2 * 128 + 2 * 96 + 3 * 192)
+    positions = (found.detail["operations"] / 2 - head) / (2 * (weights + adapters))
+    assert 16 + 16 < positions < 1.1 * (16 + 16 + 40)  # the prompt once, both completions, and some attention
     assert found.value > 0
