@@ -157,6 +157,18 @@ def test_a_large_vocabulary_is_sampled_as_a_small_one(size: int, spread: float) 
     assert (uniforms >= reached - probs[ids] - 1e-6).all()
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("size", [4097, 9000])
+def test_log_probs_of_a_large_vocabulary(size: int, temperature: float) -> None:
+    logits, banned = randn(50, size) * 5, torch.zeros(size, dtype=torch.bool)
+    banned[::7] = True
+    before = logits.clone()
+    ids, log_probs = sample_tokens(logits, evenly(50), temperature, 1.0, banned)
+    assert torch.equal(logits, before)
+    expected = (logits.double() / temperature).masked_fill(banned, -torch.inf).log_softmax(-1)
+    torch.testing.assert_close(log_probs.double(), expected.gather(-1, ids[:, None])[:, 0], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("size", [6, 9000])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_do_not_end_a_rollout(size: int, bad: float) -> None:
