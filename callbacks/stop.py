@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from callbacks.requeue import NOTICE, SIGNAL, PutBack, job_name, leave_to_us
 from callbacks.rollout import RolloutCallback
@@ -42,9 +42,14 @@ class CleanStop(L.Callback):
         self._process = 0  # whose handlers they are
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have nobody else requeue; count the runs of this process."""
+        """Have nobody else requeue; count the runs of this process; come behind all callbacks that the checkpoint has
+        to find with this batch in their state. Those that save are last in any case."""
         leave_to_us(trainer)
         NOTICE.runs += 1
+        trainer.callbacks = sorted(  # type: ignore[attr-defined]
+            trainer.callbacks,  # type: ignore[attr-defined]
+            key=lambda callback: (isinstance(callback, Checkpoint), callback is self),
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over: now, for Lightning has only just taken them, and would add itself to earlier handlers.
@@ -72,6 +77,7 @@ class CleanStop(L.Callback):
         if waits(pl_module) or not self._asked(trainer):
             return
         if not trainer.strategy.reduce_boolean_decision(validates(trainer), all=True):
+            trainer._logger_connector.update_train_step_metrics()  # Lightning would write them behind this hook
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

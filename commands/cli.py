@@ -83,7 +83,7 @@ class CLI(LightningCLI):
                     "init_args": {"save_dir": "", "name": "", "version": "", "default_hp_metric": False},
                 },
                 # Throughput leaves fit.json: seconds over all resumed attempts, and steps
-                "callbacks": [Throughput(), Summary(), CleanStop()],  # it ends a run when the batch was counted
+                "callbacks": [Throughput(), Summary(), CleanStop()],
             },
             parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},

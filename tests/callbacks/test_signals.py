@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.rollout import RolloutCallback
 from callbacks.stop import CleanStop
@@ -150,6 +152,51 @@ def test_a_signal_in_or_before_a_validation_ends_the_run_behind_it(
     assert furthest(whole, weights(run(ckpt_path=str(tmp_path / "last.ckpt")))) == 0
     assert went_on == [4]
     assert measured == [2, 4]
+
+
+class Counts(L.Callback):
+    """Has the batches and validations that it saw in its state."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.seen.append(("batch", trainer.global_step))
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.seen.append(("validation", trainer.global_step))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": list(self.seen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]
+
+
+@pytest.mark.parametrize("at", [2, 3])  # behind the second batch there is a validation
+def test_the_last_batch_is_on_the_curves_and_in_the_state_of_callbacks_behind(at: int, tmp_path: Path) -> None:
+    """A rule that counts (`Monitors`) would else miss a batch at every time limit, and a curve a point."""
+    batches = [SampleBatch(make_samples(2, seed=k)) for k in range(4)]
+
+    def run(folder: Path, *more: L.Callback, **options: Any) -> list[tuple[str, int]]:
+        module, counts = SFTModule(make_backbone(), optimizer=ADAM), Counts()
+        saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=folder, save_last=True, enable_version_counter=False)
+        often = {"limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": True}
+        logger = CSVLogger(folder, name="", version=f"at-{int('ckpt_path' in options)}")
+        made = trainer(folder, CleanStop(), counts, *more, saver, max_epochs=1, logger=logger, **often)
+        made.fit(module, Measured(batches), **options)
+        return counts.seen
+
+    def curve(folder: Path) -> list[tuple[str, str]]:
+        rows = [row for file in sorted(folder.glob("at-*/metrics.csv")) for row in csv.DictReader(file.open())]
+        return [(row["step"], row["train/loss"]) for row in rows if row["train/loss"]]
+
+    seen = run(tmp_path / "whole")
+    assert len(seen) == 6
+    with pytest.raises(SystemExit):
+        run(tmp_path / "stopped", Signals(signal.SIGTERM, at - 1))
+    assert run(tmp_path / "stopped", ckpt_path=str(tmp_path / "stopped" / "last.ckpt")) == seen
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
 
 
 def test_a_signal_behind_the_last_batch_is_not_forgotten(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ all skipped, or groups that are all left out. A rank that waits forever ends the
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 from tests.distributed import ranks
 from tests.distributed.launches import STRATEGIES, furthest, weights
-from tests.distributed.stand_ins import CONFIG, hang, in_float64, seeds_by_question
+from tests.distributed.stand_ins import CONFIG, hang, in_float64, is_asked_to_end, seeds_by_question
+from tests.kills import read
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +100,21 @@ def test_adapters_take_as_many_steps_as_in_one_process(folder: Path, strategy: s
     assert len(steps[0]) >= 8
     assert steps[0] == steps[1]
     assert furthest(*(end["state_dict"] for end in ends.values())) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_of_which_one_is_asked_to_end_stop_at_one_step_and_lose_nothing(folder: Path, strategy: str) -> None:
+    adam = "--model.init_args.optimizer.class_path=torch.optim.AdamW"
+    command = [*FIT, "--ckpt_path=last", adam, *STRATEGIES[strategy]]
+    whole, cut = f"whole-{strategy}", f"cut-{strategy}"
+    ranks.run([*command, f"--run_dir={whole}"], folder)
+    ended = ranks.start([*command, f"--run_dir={cut}"], folder, prepare=is_asked_to_end).wait()
+    assert [rank.code for rank in ended] == [128 + signal.SIGTERM] * 2
+    assert "stopped behind step 2" in ended[0].said
+    ranks.run([*command, f"--run_dir={cut}"], folder)
+    expected, found = read(folder / whole), read(folder / cut)
+    assert len(expected.curves["train/loss"]) == 6
+    assert expected.differs(found) == []
 
 
 def test_validation_of_two_processes_counts_every_question_once(folder: Path) -> None:
