@@ -205,6 +205,8 @@ class PolicyModule(L.LightningModule):
         if touched is not None:
             self._drop_untouched(trained, touched)
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]))
+        if self._scaler is not None:  # until its step, gradients are as many times too large
+            norm = norm / self._scaler.get_scale()
         if not self._finite(sums["loss"], norm, trained):
             optimizer.zero_grad()
             return {}
@@ -219,9 +221,15 @@ class PolicyModule(L.LightningModule):
         scheduler.step()
         return sums
 
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """Of `16-mixed`."""
+        scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler
+
     def _finite(self, loss: Tensor, norm: Tensor, trained: Mapping[str, torch.nn.Parameter]) -> bool:
         """Whether loss and gradient are numbers on every rank; if not, the step is left out, counted and remembered."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # it leaves such steps out itself
+        if self._scaler is not None:  # it leaves such steps out itself
             return True
         bad = not (bool(loss.isfinite()) and bool(norm.isfinite()))
         if not self.trainer.strategy.reduce_boolean_decision(bad, all=False):

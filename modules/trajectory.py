@@ -11,6 +11,7 @@ Conventions, everywhere in this project:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -182,11 +183,19 @@ class TrajectoryBatch:
         return replace(self, **moved)
 
 
-@dataclass(eq=False)
 class SampleBatch:
-    """What a dataloader hands on; mutable, for callbacks write into it what was rolled out."""
+    """What a dataloader hands on; mutable, for callbacks write into it what was rolled out.
 
-    samples: list[Sample]
-    skipped: list[str] = field(default_factory=list)  # "file:row: why", bad rows met while it was made
-    groups: list[Group] = field(default_factory=list)  # training rollouts, one group a sample
-    evaluations: dict[str, list[Group]] = field(default_factory=dict)  # mode -> groups of one
+    Not a dataclass: into those Lightning looks for tensors to convert and move, which frozen ones refuse.
+
+    Args:
+        samples: the questions.
+        skipped: "file:row: why", bad rows met while it was made.
+        groups: training rollouts, one group a sample.
+    """
+
+    def __init__(self, samples: list[Sample], skipped: Sequence[str] = (), groups: Sequence[Group] = ()) -> None:
+        self.samples = samples
+        self.skipped = list(skipped)
+        self.groups = list(groups)
+        self.evaluations: dict[str, list[Group]] = {}  # mode -> groups of one

@@ -33,9 +33,6 @@ class Batches(L.LightningDataModule):
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
 
-    def transfer_batch_to_device(self, batch: SampleBatch, device: torch.device, dataloader_idx: int) -> SampleBatch:
-        return batch
-
 
 class Recorder(L.Callback):
     """What was logged at each training batch."""

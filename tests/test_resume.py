@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks.stop import validates
@@ -39,9 +38,6 @@ class Data(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[int]:
         return DataLoader([0], collate_fn=lambda _: SampleBatch(make_samples(1)))  # type: ignore[arg-type]
-
-    def transfer_batch_to_device(self, batch: SampleBatch, device: torch.device, dataloader_idx: int) -> SampleBatch:
-        return batch
 
 
 class Book(L.Callback):

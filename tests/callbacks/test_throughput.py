@@ -27,9 +27,6 @@ class Slow(pl.LightningModule):
         self.lengths = [STEP] * 10
         self.logged: list[dict[str, float]] = []
 
-    def transfer_batch_to_device(self, batch: SampleBatch, device: torch.device, dataloader_idx: int) -> SampleBatch:
-        return batch  # Lightning's own transfer refuses frozen dataclasses
-
     def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, Any]:
         time.sleep(self.lengths[self.trainer.global_step])
         told = {} if self.tokens is None else {"tokens": self.tokens}

@@ -53,9 +53,6 @@ class Rolled(pl.LightningModule):
         self.groups = groups
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def transfer_batch_to_device(self, batch: SampleBatch, device: torch.device, dataloader_idx: int) -> SampleBatch:
-        return batch  # Lightning's own transfer refuses frozen dataclasses
-
     def on_train_batch_start(self, batch: SampleBatch, batch_idx: int) -> None:
         batch.groups = self.groups
 

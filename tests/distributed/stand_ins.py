@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -143,9 +145,6 @@ class Questions(LightningDataModule):
         order = EpochOrder([[k] for k in range(3)], 1, False, 0, self.trainer.global_rank, self.trainer.world_size)
         return SampleLoader(Listed(make_samples(3)), order)
 
-    def transfer_batch_to_device(self, batch: SampleBatch, device: object, dataloader_idx: int) -> SampleBatch:
-        return batch
-
 
 class Written(Reward):
     """Depends on what was written, to the letter; nothing for a question that is called tied."""
@@ -182,6 +181,19 @@ def in_float64(rank: int) -> None:
 
 def _stable(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def is_asked_to_end(rank: int) -> None:
+    """Send SIGTERM to the second rank alone, in its second batch."""
+
+    def hears(self: SFTModule, batch: SampleBatch, batch_idx: int) -> dict[str, int]:
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    step = SFTModule.training_step
+    if rank == 1:
+        SFTModule.training_step = hears  # type: ignore[method-assign]
 
 
 def hang(rank: int) -> None:
