@@ -40,9 +40,9 @@ class LocalEngine(RolloutEngine):
     """Rolls out in this process with the policy's own weights.
 
     The place of a trajectory that has ended goes to the next request. What runs out of memory goes on with half as many
-    at once: from then on, or to the end of this rollout if it was of fewer (a few unusual ones) than others before.
-    Those that had ended stay, the rest of their group begins again behind the same prompt: a trajectory depends on its
-    own seed alone, so that it is the same in any company.
+    at once: in all rollouts of this decoding from then on, or to the end of this one if it was of fewer (a few unusual
+    ones) than others before. Those that had ended stay, the rest of their group begins again behind the same prompt: a
+    trajectory depends on its own seed alone, so that it is the same in any company.
 
     Args:
         max_batch: trajectories in flight at once.
@@ -52,10 +52,11 @@ class LocalEngine(RolloutEngine):
         if max_batch < 1:
             raise ValueError(f"Expected `max_batch` to be at least 1, but got {max_batch}.")
         self.max_batch = max_batch
-        self.fits = max_batch  # so many may fly at once; fewer when as many have run out of memory
-        self.most = 0  # requests of a rollout so far
+        # by decoding, for short answers of a validation say nothing about the memory of training
+        self.fits: dict[Decoding, int] = {}  # so many may fly at once, where more have run out of memory
+        self.most: dict[Decoding, int] = {}  # requests of a rollout so far
+        self.halved = 0  # times that memory has run out
         self._started = 0.0
-        self.halved = 0  # times that they have
         self.listener: Listener | None = None  # slow: it is told after every token
         self.watcher: Watcher | None = None  # told at every trajectory that ends
 
@@ -67,8 +68,8 @@ class LocalEngine(RolloutEngine):
         try:
             found: dict[int, Trajectory] = {}
             others = images_of(request.sample for request in requests)
-            prompts, fits = Prompts(backbone), self.fits
-            self.most = max(self.most, len(requests))
+            prompts, fits = Prompts(backbone), self.fits.get(decoding, self.max_batch)
+            self.most[decoding] = max(self.most.get(decoding, 0), len(requests))
             self._started = time.monotonic()
             while len(found) < len(requests):
                 fits = self._fly(backbone, requests, decoding, others, found, prompts, fits)
@@ -102,8 +103,8 @@ class LocalEngine(RolloutEngine):
         # behind the handler: within it, the traceback holds on to what the flight had in memory; a name would, too
         fits = places // 2
         how_long = "in this rollout"
-        if places == min(self.fits, self.most):
-            self.fits, how_long = fits, "from now on"
+        if places == min(self.fits.get(decoding, self.max_batch), self.most[decoding]):
+            self.fits[decoding], how_long = fits, "from now on"
         self.halved += 1
         logger.warning("A rollout of %d trajectories ran out of memory; %s %d at once.", places, how_long, fits)
         prompts.keep(requests[number].sample for number in found)  # ended trajectories hold on to these anyway

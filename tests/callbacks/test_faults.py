@@ -231,8 +231,20 @@ def test_a_few_that_run_out_of_memory_halve_their_own_rollout_only(
         assert flown == [12, 6, 3]
         assert [t.completion_ids.tolist() for t in found] == [t.completion_ids.tolist() for t in expected]
         flown.clear()
-    assert (engine.fits, engine.halved) == (16, 4)
+    assert (engine.fits, engine.halved) == ({}, 4)
     assert "12 trajectories ran out of memory; in this rollout 6 at once" in caplog.text
+
+
+def test_a_larger_validation_that_fits_does_not_have_training_run_out_of_memory_each_time(
+    zooming: TimmLMBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = GroupSampler(3).requests(make_samples(4), seed=5)
+    engine = LocalEngine()
+    engine.rollout(zooming, GroupSampler(4).requests(make_samples(4), seed=5), Decoding(0.0, **LIMITS))
+    flown = heavy(monkeypatch)
+    engine.rollout(zooming, requests, Decoding(**LIMITS))
+    engine.rollout(zooming, requests, Decoding(**LIMITS))
+    assert flown == [12, 6, 3, 3]
 
 
 def test_what_ends_in_the_round_that_runs_out_of_memory_stays(
