@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modules.backbones.base import Backbone, see_images
+from modules.backbones.base import Backbone
 from modules.functional.grammar import ANSWER, END_ANSWER
 from modules.policy import PolicyError
 from modules.replay import Replayer
@@ -46,23 +46,6 @@ class Prompt:
         return self.asked.visuals if self.solved is None else (*self.solved.visuals, *self.asked.visuals)
 
 
-def make_prompts(backbone: Backbone, samples: Sequence[Sample]) -> list[Prompt]:
-    """The prompt of each sample.
-
-    Raises:
-        PolicyError: an example that the policy could not have written; names it and says why.
-    """
-    solved: dict[int, Part | None] = {
-        id(sample.examples): solve(backbone, sample.examples) if sample.examples else None for sample in samples
-    }
-    prompts = []
-    for sample, seen in zip(samples, see_images(backbone, samples), strict=True):
-        before = solved[id(sample.examples)]
-        ask = backbone.prompt_ids if before is None else backbone.following_ids
-        prompts.append(Prompt(before, Part(ask(sample, seen), seen)))
-    return prompts
-
-
 def solve(backbone: Backbone, examples: Sequence[Sample]) -> Part:
     """Examples with their solutions, one after another.
 
@@ -71,7 +54,7 @@ def solve(backbone: Backbone, examples: Sequence[Sample]) -> Part:
         examples: at least one, each with a rationale or an answer.
 
     Raises:
-        PolicyError: see `make_prompts`.
+        PolicyError: an example that the policy could not have written; names it and says why.
     """
     told, refused = Replayer(backbone)([_with_rationale(example) for example in examples])
     if refused:

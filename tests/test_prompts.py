@@ -11,7 +11,7 @@ from torch import Tensor
 from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import Decoding, Flight, GroupSampler, LocalEngine, Request
 from modules.policy import PolicyError
-from modules.prompts import make_prompts
+from modules.prefill import Prompts
 from modules.replay import Replayer
 from modules.scoring import collate, token_log_probs
 from modules.trajectory import Sample, Visual
@@ -31,7 +31,7 @@ def test_examples_stand_before_the_question_as_they_would_have_been_written() ->
     backbone = make_backbone(context_length=512)
     samples = asked()
     told = Replayer(backbone)(samples[0].examples)[0]
-    (prompt, *_) = make_prompts(backbone, samples)
+    (prompt, *_) = Prompts(backbone).make(samples)
     expected = [part for t in told for part in (t.prompt_ids, t.completion_ids)]
     expected.append(backbone.prompt_ids(samples[0], backbone.see(samples[0].images)))
     assert torch.equal(prompt.ids, torch.cat(expected))
@@ -70,7 +70,7 @@ def test_examples_are_computed_once_for_all_questions(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(TimmLMBackbone, "forward", counted)
     samples = asked(3)
-    prompts = make_prompts(backbone, samples)
+    prompts = Prompts(backbone).make(samples)
     assert len({id(prompt.solved) for prompt in prompts}) == 1
     Flight(backbone, GroupSampler(2).requests(samples, seed=0), SAMPLED)
     assert prompts[0].solved is not None
@@ -114,6 +114,6 @@ def test_an_example_without_rationale_shows_its_answer_and_one_that_cannot_be_wr
     with pytest.raises(
         PolicyError, match="sample-1: step 1 has words that the policy cannot write: '<answer>7</answer>'"
     ):
-        make_prompts(backbone, [replace(sample[0], examples=(plain,))])
+        Prompts(backbone).make([replace(sample[0], examples=(plain,))])
     with pytest.raises(PolicyError, match="'sample-1' to have a rationale or an answer"):
-        make_prompts(backbone, [replace(sample[0], examples=(replace(plain, answers=()),))])
+        Prompts(backbone).make([replace(sample[0], examples=(replace(plain, answers=()),))])

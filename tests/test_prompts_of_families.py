@@ -13,7 +13,7 @@ from benchmarks.families import build
 from modules.backbones.hf_vlm import QUESTION, HFVLMBackbone, render
 from modules.backbones.scaling import ScalerConfig
 from modules.engine import Decoding, GroupSampler, LocalEngine
-from modules.prompts import make_prompts
+from modules.prefill import Prompts
 from modules.scoring import collate, token_log_probs
 from modules.trajectory import Sample
 
@@ -35,7 +35,7 @@ def test_the_prompt_is_the_templates_own_conversation(family: str, tmp_path: Pat
         str(build(family, tmp_path)), image=ScalerConfig(size=(56, 56)), crop=ScalerConfig(size=(56, 56))
     ).eval()
     samples = few_shot(2)
-    prompts = make_prompts(backbone, samples)
+    prompts = Prompts(backbone).make(samples)
     ask = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     turns = [("user", ask), ("assistant", [{"type": "text", "text": "SAID"}])] * 2 + [("user", ask)]
     text = render(backbone.processor, turns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from datamodules.arrow import ArrowRows, load
 from datamodules.pictures import ImageRef
 from datamodules.sources.base import Parsed
@@ -19,29 +21,17 @@ class GQA(Benchmark):
     train_balanced_instructions. Several questions share an image.
 
     Args:
-        path: see `Source`.
-        split: see `Source`.
-        root: see `Source`.
-        config: see `Source`; of the questions.
-        limit: see `Source`.
         images: parquet file or folder of the images; if None they are the configuration beside the questions', or for a
             JSON file <imageId>.jpg below `root`, in ``images`` if there is such a folder.
+        kwargs: see `Source`; ``config`` is that of the questions.
     """
 
     name = "gqa"
     hub = "lmms-lab/GQA"
     trains = True
 
-    def __init__(
-        self,
-        path: str,
-        split: str | None = None,
-        root: str | None = None,
-        config: str | None = None,
-        limit: int | None = None,
-        images: str | None = None,
-    ) -> None:
-        super().__init__(path, split, root, config, limit)
+    def __init__(self, *args: Any, images: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.images = images
         self._pictures: dict[str, ImageRef] | None = None
 

@@ -255,11 +255,12 @@ def test_a_metric_of_validation_is_missed_after_one(zooming: TimmLMBackbone) -> 
     assert len(seen.groups) == 2
 
 
-def test_metrics_that_are_logged_late_or_seldom_are_no_mistakes(zooming: TimmLMBackbone) -> None:
+def test_metrics_that_are_logged_late_or_seldom_are_no_mistakes(zooming: TimmLMBackbone, tmp_path: Path) -> None:
     names = ("train/step_seconds", "train/correlation/words-same", "train/iou", "val/tokens", "train/surprisal/answer")
     rules = {str(k): Rule(name, below=-2.0) for k, name in enumerate(names)}
     rollout = rolling(same=Scheduled(1, 1, 1))
-    _, rows = ran(zooming, 3, rollout, Monitors(rules), Throughput())  # which logs after the monitors
+    late = Throughput()  # which logs after the monitors
+    _, rows = ran(zooming, 3, rollout, Monitors(rules), late, default_root_dir=tmp_path)
     assert "train/correlation/words-same" not in rows[-1]
     assert not any(row[f"train/monitor/{name}"] for row in rows for name in rules)
 
