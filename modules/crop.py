@@ -283,7 +283,8 @@ def _reduce(
         table = strip.permute(0, 2, 1, 3).contiguous().to(weights.dtype).view(batch * source_height, -1)
         table = F.embedding_bag(bands, table, per_sample_weights=weights, mode="sum")
         reduced.append(table.view(number, height * channels, -1))
-    table = torch.cat(reduced, 2).transpose(1, 2).reshape(number * source_width, -1)
+    whole = torch.cat(reduced, 2) if len(reduced) > 1 else reduced[0]
+    table = whole.transpose(1, 2).reshape(number * source_width, -1)
     bands = _bags(columns, torch.arange(number, device=columns.device), source_width)
     table = F.embedding_bag(bands, table, per_sample_weights=column_weights.flatten(0, 1), mode="sum")
     return table.view(number, width, height, channels).permute(0, 3, 2, 1)

@@ -35,6 +35,7 @@ class Row:
     uniforms: UniformStream
     next_position: int
     slot: int  # which row of the cache is its own
+    room: int  # tokens of completion that the context has room for
     ids: list[int] = field(default_factory=list)  # of the completion
     sampled: list[bool] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -47,6 +48,10 @@ class Row:
         self.ids += ids
         self.sampled += [sampled] * len(ids)
         self.log_probs += log_probs
+
+    def fits(self, extra: int) -> bool:
+        """Whether ``extra`` tokens and one more to write fit into the context."""
+        return len(self.ids) + extra < self.room
 
     def close(self, turn: Turn) -> None:
         """End the turn that is being written; ``turn`` says all of it but its place."""
@@ -177,8 +182,8 @@ class Flight:
         self.cache.append(taken, release=not later)
         for k, (number, request, prompt) in enumerate(starting):
             told, position = prompts[prompt], prefixes[prompt].position
-            stream = UniformStream(request.seed)
-            self.rows.append(Row(number, request, told.ids, list(told.visuals), stream, position, slots[k]))
+            stream, room = UniformStream(request.seed), self.backbone.context_length - len(told.ids)
+            self.rows.append(Row(number, request, told.ids, list(told.visuals), stream, position, slots[k], room))
         hidden = torch.stack([prefixes[prompt].hidden for *_, prompt in starting])
         self.hidden = torch.cat([self.hidden, hidden]) if start else hidden
         self.prompts.keep(waiting | {row.request.sample for row in self.rows})
@@ -224,10 +229,10 @@ class Flight:
         Returns:
             By number of the request, for each row that goes on with more than its own token: what follows it.
         """
-        looks: dict[Row, Region] = {}
-        refusals: dict[Row, str] = {}
+        looks: dict[Row, tuple[str, Region]] = {}  # what was written, and asked for
+        refusals: dict[Row, tuple[str, str]] = {}  # likewise, and what is wrong with it
         for row in self.rows:
-            fits = self._fits(row, 0)
+            fits = row.fits(0)
             full = len(row.ids) - row.turn_start >= self.decoding.max_turn_tokens or not fits
             if not full and row.ids[-1] not in self.ending:
                 continue
@@ -243,36 +248,36 @@ class Flight:
             elif isinstance(reply, Look | Refuse) and len(row.turns) + 1 >= self.decoding.max_turns:
                 row.end(text, StopReason.MAX_TURNS, reply)
             elif isinstance(reply, Look):
-                looks[row] = reply.region
+                looks[row] = text, reply.region
             elif isinstance(reply, Refuse):
-                refusals[row] = reply.fault
+                refusals[row] = text, reply.fault
             elif full:
                 row.end(text, StopReason.TURN_LENGTH if fits else StopReason.CONTEXT)
         return self._show(looks, refusals)
 
-    def _show(self, looks: dict[Row, Region], refusals: dict[Row, str]) -> dict[int, Shown]:
+    def _show(self, looks: dict[Row, tuple[str, Region]], refusals: dict[Row, tuple[str, str]]) -> dict[int, Shown]:
         """Cut all crops of this step together; refuse in text what is invalid or does not fit."""
-        images = [row.request.sample.images[region.image] for row, region in looks.items()]
-        crops = self.backbone.look(images, list(looks.values()))
+        regions = [region for _, region in looks.values()]
+        images = [row.request.sample.images[region.image] for row, region in zip(looks, regions, strict=True)]
+        crops = self.backbone.look(images, regions)
         if self.decoding.crops != "zoom":
             seeds = [row.request.seed * 1_000_003 + len(row.turns) for row in looks]
-            regions = list(looks.values())
             crops = replace_crops(self.backbone, self.decoding.crops, crops, images, regions, self.others, seeds)
         shown: dict[int, Shown] = {}
-        for (row, region), crop in zip(looks.items(), crops, strict=True):
+        for (row, (text, region)), crop in zip(looks.items(), crops, strict=True):
             ids = self.backbone.visual_ids(*crop.pixels.shape[-2:])
-            if not self._fits(row, len(ids)):
-                refusals[row] = "context"
+            if not row.fits(len(ids)):
+                refusals[row] = text, "context"
                 continue
-            row.close(Turn(self._turn_text(row), 0, 0, region=region, crop=crop))
+            row.close(Turn(text, 0, 0, region=region, crop=crop))
             row.visuals.append(crop)
             shown[row.number] = (ids, [crop])
-        for row, fault in refusals.items():
+        for row, (text, fault) in refusals.items():
             ids = self.backbone.tokenize(REFUSALS[fault])
-            if not self._fits(row, len(ids)):
-                row.end(self._turn_text(row), StopReason.CONTEXT, Refuse(fault))
+            if not row.fits(len(ids)):
+                row.end(text, StopReason.CONTEXT, Refuse(fault))
                 continue
-            row.close(Turn(self._turn_text(row), 0, 0, fault=fault))
+            row.close(Turn(text, 0, 0, fault=fault))
             shown[row.number] = (ids, [])
         for row in self.rows:
             if row.number in shown:
@@ -280,10 +285,6 @@ class Flight:
                 row.add(forced, False, [0.0] * len(forced))
                 row.turn_start = len(row.ids)
         return shown
-
-    def _fits(self, row: Row, extra: int) -> bool:
-        """Whether ``extra`` tokens and one more to write fit into the context."""
-        return len(row.prompt) + len(row.ids) + extra < self.backbone.context_length
 
     def advance(self, ids: Tensor, shown: dict[int, Shown]) -> None:
         """Append to every row its token, and what the environment put behind it.
@@ -327,4 +328,4 @@ class Flight:
         self.hidden = hidden[self.slots]
 
     def _turn_text(self, row: Row) -> str:
-        return self.backbone.detokenize(torch.tensor(row.ids[row.turn_start :], dtype=torch.long))
+        return self.backbone.detokenize(row.ids[row.turn_start :])

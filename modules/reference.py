@@ -59,4 +59,6 @@ def frozen_copy(backbone: Backbone) -> Backbone:
     shared: dict[int, object] = {id(p): p for p in backbone.parameters() if not p.requires_grad}
     if not backbone.encoder_trains():
         shared[id(backbone.encoded)] = backbone.encoded  # features of the one tower that both have
+    if not backbone.tower_trains():
+        shared[id(backbone.seen)] = backbone.seen
     return copy.deepcopy(backbone, shared).requires_grad_(False).eval()

@@ -217,6 +217,7 @@ def test_box_round_trip_and_exact_coordinates() -> None:
     visuals = backbone.see(sample.images)
     ids, coordinates = backbone.write("red ", Region((5.0, 8.0, 30.0, 61.0)), sample, visuals)
     assert backbone.detokenize(ids) == 'red {"bbox_2d": [4, 8, 32, 60]}'  # bins of 4 pixels
+    assert backbone.detokenize(ids.tolist()) == backbone.detokenize(ids)
     assert coordinates.isfinite().tolist() == [False, True, True, True, True]
     assert coordinates[1:].tolist() == [1.25, 2.0, 7.5, 15.25]
 

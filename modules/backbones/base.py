@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modules.backbones.cache import RaggedCache
+from modules.backbones.kept import KeptFeatures
 from modules.crop import CropAndScale
 from modules.functional.boxes import BoxSpace, from_original
 from modules.functional.grammar import format_box, may_end_turn
@@ -60,7 +60,8 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoded: WeakKeyDictionary[Visual, Tensor] = WeakKeyDictionary()  # see `features`
+        self.encoded = KeptFeatures()  # see `features`
+        self.seen = KeptFeatures()  # what the vision tower alone makes, for backbones that project it apart
 
     @abstractmethod
     def prompt_ids(self, sample: Sample, visuals: Sequence[Visual]) -> Tensor:
@@ -132,15 +133,16 @@ class Backbone(nn.Module, ABC):
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
 
-    def detokenize(self, token_ids: Tensor) -> str:
+    def detokenize(self, token_ids: Tensor | list[int]) -> str:
         """The text of (n,) ids."""
-        return str(self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def see(self, images: Sequence[Tensor]) -> list[Visual]:
         """Whole images (3, H, W) as the vision tower takes them."""
         boxes = torch.tensor([[0.0, 0.0, x.shape[-1], x.shape[-2]] for x in images], dtype=torch.float32).view(-1, 4)
         scaled = self.image_scaler([image.to(self.device) for image in images], boxes.to(self.device))
-        return [self._visual(x, "image") for x in scaled]
+        return self._visuals(scaled, "image")
 
     def look(self, images: Sequence[Tensor], regions: Sequence[Region]) -> list[Visual]:
         """Zoomed crops: the n-th of ``regions`` on the n-th of ``images`` (repeats are one tensor, not copies)."""
@@ -154,28 +156,28 @@ class Backbone(nn.Module, ABC):
             torch.tensor([place[id(image)] for image in images], device=self.device),
             [self.crop_size(image, region) for image, region in zip(images, regions, strict=True)],
         )
-        return [self._visual(x, "crop") for x in crops]
+        return self._visuals(crops, "crop")
 
-    def _visual(self, pixels: Tensor, role: Literal["image", "crop"]) -> Visual:
-        ids = self.visual_ids(pixels.shape[-2], pixels.shape[-1])
-        return Visual(pixels, int((ids == self.image_token_id).sum()), role)
+    def _visuals(self, scaled: Sequence[Tensor], role: Literal["image", "crop"]) -> list[Visual]:
+        sizes = [(pixels.shape[-2], pixels.shape[-1]) for pixels in scaled]
+        tokens = {size: int((self.visual_ids(*size) == self.image_token_id).sum()) for size in set(sizes)}
+        return [Visual(pixels, tokens[size], role) for pixels, size in zip(scaled, sizes, strict=True)]
 
     def features(self, visuals: Sequence[Visual]) -> list[Tensor]:
         """`encode`, and each visual once only while neither the vision tower nor the projector trains; pixels that
         carry gradient are encoded each time."""
         if self.encoder_trains():
             return self.encode(visuals)
-        new = [v for v in dict.fromkeys(visuals) if v not in self.encoded]
-        live = [v for v in new if v.pixels.requires_grad]
-        fresh = dict(zip(live, self.encode(live) if live else [], strict=True))
-        still = [v for v in new if v not in fresh]
-        if still:
-            self.encoded.update(zip(still, self.encode(still), strict=True))
-        return [fresh[v] if v in fresh else self.encoded[v] for v in visuals]
+        weights = [p for name, p in self.named_parameters() if self.part(name) != "language"]
+        return self.encoded.of(visuals, weights, self.encode)
 
     def encoder_trains(self) -> bool:
         """Whether the features of a visual change from step to step."""
         return any(p.requires_grad and self.part(name) != "language" for name, p in self.named_parameters())
+
+    def tower_trains(self) -> bool:
+        """Whether what the vision tower alone makes of a visual changes from step to step."""
+        return any(p.requires_grad and self.part(name) == "vision" for name, p in self.named_parameters())
 
     def learn(self) -> None:
         """Be ready for a learner's pass: evaluation mode, for dropout would make its distribution another one than

@@ -104,8 +104,8 @@ class RaggedCache(Cache):
                 for other, rows in parts:
                     theirs: list[Tensor] = getattr(other, name)
                     buffer = buffers[layer] = _grown(buffers[layer], theirs[layer], count, longest)
-                    width, stop = min(theirs[layer].shape[2], buffer.shape[2]), start + len(rows)
-                    buffer[start:stop, :, :width] = theirs[layer][rows, :, :width]
+                    width, stop = min(theirs[layer].shape[2], longest), start + len(rows)
+                    buffer[start:stop, :, :width] = theirs[layer][:, :, :width][rows]
                     buffer[start:stop, :, width:] = 0  # what is left there by another row may be NaN: see `_grown`
                     start = stop
                     if release:

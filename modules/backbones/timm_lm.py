@@ -254,23 +254,30 @@ class TimmLMBackbone(Backbone):
         return "vision" if first == "vision" else "language" if first == "language" else "projector"
 
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        """Visuals of one shape and role go through the encoder together."""
-        features: list[Tensor | None] = [None] * len(visuals)
+        """Visuals of one shape and role go through the encoder together, and through a frozen tower once."""
+        weights = list(self.vision.parameters())
+        trains = any(weight.requires_grad for weight in weights)
+        if trains:
+            self.seen.clear()  # fused optimizers do not count what they write to a weight
+        features: dict[int, Tensor] = {}
         kinds: dict[tuple[str, torch.Size], list[int]] = {}
         for k, visual in enumerate(visuals):
             kinds.setdefault((visual.role, visual.pixels.shape), []).append(k)
         for (role, shape), members in kinds.items():
-            pixels = torch.stack([visuals[k].pixels for k in members]).to(self.pixel_mean)
-            maps = self.vision.forward_features((pixels - self.pixel_mean) / self.pixel_std)
-            tokens = self._sequence(maps)
+            some = [visuals[k] for k in members]
+            tokens = self._tower(some) if trains else torch.stack(self.seen.of(some, weights, self._tower))
             if self.ratio > 1:
                 tokens = pixel_shuffle(tokens, shape[-2] // self.patch, shape[-1] // self.patch, self.ratio)
             tokens = self.projector(tokens)
             spatial = sincos_2d(shape[-2] // self.cell, shape[-1] // self.cell, tokens.shape[-1]).to(tokens)
             encoded = tokens + spatial * self.spatial_scale + self.roles[role]
-            for k, row in zip(members, encoded, strict=True):
-                features[k] = row
-        return [f for f in features if f is not None]
+            features |= zip(members, encoded, strict=True)
+        return [features[k] for k in range(len(visuals))]
+
+    def _tower(self, visuals: Sequence[Visual]) -> Tensor:
+        """(B, N, C), what the vision tower makes of visuals of one shape: one row for each patch."""
+        pixels = torch.stack([visual.pixels for visual in visuals]).to(self.pixel_mean)
+        return self._sequence(self.vision.forward_features((pixels - self.pixel_mean) / self.pixel_std))
 
     def _sequence(self, maps: Tensor) -> Tensor:
         """(B, N, C) patch tokens of what the encoder returns: tokens, or a map in either memory order."""

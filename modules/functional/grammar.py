@@ -76,7 +76,22 @@ class Answer:
 
 def may_end_turn(token_text: str) -> bool:
     """Whether a token with this text can complete a box or an answer, so that `parse_turn` is worth a call."""
-    return "}" in token_text or ">" in token_text
+    return any(token_text[end] == "}" or _may_close_answer(token_text, end) for end in _ends(token_text))
+
+
+def _may_close_answer(text: str, end: int) -> bool:
+    """Whether ``text[end]`` may be the last character of `END_ANSWER`, which may have begun before this text."""
+    start = text.rfind("<", 0, end)
+    return text[end] == ">" and (start < 0 or text[start : end + 1] == END_ANSWER)
+
+
+def _ends(text: str) -> range:
+    """Places of what may have ended a turn: nothing but `_TAIL` characters that are no letter or digit follows."""
+    stop = len(text.rstrip())
+    start = stop
+    while start > max(0, stop - _TAIL - 1) and not text[start - 1].isalnum():
+        start -= 1
+    return range(start, stop)
 
 
 def parse_turn(text: str) -> BoxRequest | BadRequest | Answer | None:
@@ -96,11 +111,7 @@ def parse_turn(text: str) -> BoxRequest | BadRequest | Answer | None:
     has_box, has_answer = "bbox_2d" in text, END_ANSWER in text
     if not (has_box or has_answer):
         return None
-    stop = len(text.rstrip())
-    start = stop
-    while start > max(0, stop - _TAIL - 1) and not text[start - 1].isalnum():
-        start -= 1
-    for end in range(start, stop):
+    for end in _ends(text):
         found: BoxRequest | BadRequest | Answer | None = None
         if has_box and text[end] == "}":
             found = _request_closing_at(text, end)
@@ -132,7 +143,7 @@ def _request_closing_at(text: str, end: int) -> BoxRequest | BadRequest | None:
         if span is None or not _KEY.search(span):
             continue
         try:
-            content = json.loads(span, parse_int=_parse_int)
+            content = _JSON.decode(span)
         except (ValueError, RecursionError):
             closed = closed or _strings_closed(span)
             continue
@@ -174,6 +185,9 @@ def _strings_closed(span: str) -> bool:
 def _parse_int(digits: str) -> int | float:
     """An integer; a float if it is so long that Python may refuse it."""
     return int(digits) if len(digits) < 20 else float(digits)
+
+
+_JSON = json.JSONDecoder(parse_int=_parse_int)  # made once: that takes as long as reading a box
 
 
 def _request(content: dict[str, Any]) -> BoxRequest | BadRequest:

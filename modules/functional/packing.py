@@ -41,8 +41,11 @@ def pack(
     temperatures = {t.temperature for t in trajectories}
     if len(temperatures) != 1:
         raise ValueError(f"Expected trajectories of one temperature, but got {sorted(temperatures)}.")
+    prompts = torch.tensor([t.prompt_ids.numel() for t in trajectories])
+    completions = torch.tensor([t.completion_ids.numel() for t in trajectories])
+    _check_visuals(trajectories, prompts, completions, image_token_id)
     tokens, places, segments, order = [], [], [], []
-    row_of, column_of, targets, owners, log_probs, coordinates = [], [], [], [], [], []
+    laid: list[tuple[int, int, int]] = []  # of each trajectory its row, the prefix, and the column where it goes on
     distinct: dict[int, int] = {}  # id of a visual -> its place in `visuals`
     visuals: list[Visual] = []
     for row, members in enumerate(_rows(trajectories, row_tokens)):
@@ -50,29 +53,18 @@ def pack(
         first = trajectories[members[0]]
         shown = _count_visuals(first, prefix, image_token_id)
         line, row_places = [first.prompt_ids[:prefix]], [positions[members[0]][:, :prefix]]
-        row_segments = [torch.zeros(prefix, dtype=torch.long)]
         row_visuals = list(first.visuals[:shown])
-        offset = prefix
-        for segment, k in enumerate(members, start=1):
+        lengths = [prefix]
+        for k in members:
             trajectory = trajectories[k]
-            own = torch.cat([trajectory.prompt_ids[prefix:], trajectory.completion_ids])
-            _check_visuals(trajectory, image_token_id)
-            line.append(own)
+            laid.append((row, prefix, sum(lengths)))
+            line += [trajectory.prompt_ids[prefix:], trajectory.completion_ids]
             row_places.append(positions[k][:, prefix:])
-            row_segments.append(torch.full(own.shape, segment))
             row_visuals += trajectory.visuals[shown:]
-            at = trajectory.sampled.nonzero()[:, 0]  # within the completion
-            before = at + len(trajectory.prompt_ids) - 1  # the predictor, within the whole sequence
-            column_of.append(torch.where(before < prefix, before, before - prefix + offset))
-            row_of.append(torch.full(at.shape, row))
-            targets.append(trajectory.completion_ids[at])
-            owners.append(torch.full(at.shape, k))
-            log_probs.append(trajectory.log_probs[at])
-            coordinates.append(trajectory.coordinates[at])
-            offset += len(own)
+            lengths.append(positions[k].shape[1] - prefix)
         tokens.append(torch.cat(line))
         places.append(torch.cat(row_places, 1).T)
-        segments.append(torch.cat(row_segments))
+        segments.append(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
         for visual in row_visuals:
             if id(visual) not in distinct:
                 distinct[id(visual)] = len(visuals)
@@ -80,6 +72,11 @@ def pack(
             order.append(distinct[id(visual)])
     token_ids = pad_sequence(tokens, batch_first=True, padding_value=pad_id)
     segment_ids = pad_sequence(segments, batch_first=True, padding_value=-1)
+    sampled = torch.cat([t.sampled for t in trajectories]).nonzero()[:, 0]  # within all completions
+    owners = torch.arange(len(trajectories)).repeat_interleave(completions)[sampled]
+    before = sampled - (completions.cumsum(0) - completions - prompts + 1)[owners]  # the predictor, within its sequence
+    row_of, prefix_of, behind = torch.tensor(laid)[owners].unbind(1)
+    columns = torch.where(before < prefix_of, before, before - prefix_of + behind)
     return TrajectoryBatch(
         token_ids=token_ids,
         position_ids=pad_sequence(places, batch_first=True).permute(2, 0, 1),
@@ -87,11 +84,11 @@ def pack(
         is_visual=(token_ids == image_token_id) & (segment_ids >= 0),
         visuals=tuple(visuals),
         visual_order=torch.tensor(order, dtype=torch.long),
-        predictors=torch.cat(row_of) * token_ids.shape[1] + torch.cat(column_of),
-        targets=torch.cat(targets),
-        owners=torch.cat(owners),
-        log_probs=torch.cat(log_probs),
-        coordinates=torch.cat(coordinates),
+        predictors=row_of * token_ids.shape[1] + columns,
+        targets=torch.cat([t.completion_ids for t in trajectories])[sampled],
+        owners=owners,
+        log_probs=torch.cat([t.log_probs for t in trajectories])[sampled],
+        coordinates=torch.cat([t.coordinates for t in trajectories])[sampled],
         num_trajectories=len(trajectories),
         temperature=temperatures.pop(),
     )
@@ -100,11 +97,11 @@ def pack(
 def common_length(sequences: Sequence[Tensor]) -> int:
     """How many leading ids all of the 1-D ``sequences`` share."""
     first = sequences[0]
-    length = len(first)
+    length = first.numel()
     for other in sequences[1:]:
         if other is first:
             continue
-        length = min(length, len(other))
+        length = min(length, other.numel())
         differs = (first[:length] != other[:length]).nonzero()
         length = int(differs[0]) if len(differs) else length
     return length
@@ -117,13 +114,14 @@ def _rows(trajectories: Sequence[Trajectory], row_tokens: int) -> list[list[int]
     for _, run in groupby(range(len(trajectories)), keys.__getitem__):
         length = row_tokens + 1  # the first of a run begins a row
         for k in run:
-            prompt, completion = trajectories[k].prompt_ids, trajectories[k].completion_ids
+            prompt = trajectories[k].prompt_ids
+            tokens = prompt.numel() + trajectories[k].completion_ids.numel()
             shared = common_length([trajectories[rows[-1][0]].prompt_ids, prompt]) if rows else 0
-            if length + len(prompt) - shared + len(completion) > row_tokens:
+            if length + tokens - shared > row_tokens:
                 rows.append([])
                 length = shared = 0
             rows[-1].append(k)
-            length += len(prompt) - shared + len(completion)
+            length += tokens - shared
     return rows
 
 
@@ -142,12 +140,19 @@ def _count_visuals(trajectory: Trajectory, prefix: int, image_token_id: int) -> 
     return count
 
 
-def _check_visuals(trajectory: Trajectory, image_token_id: int) -> None:
-    ids = torch.cat([trajectory.prompt_ids, trajectory.completion_ids])
-    placeholders = int((ids == image_token_id).sum())
-    expected = sum(visual.tokens for visual in trajectory.visuals)
-    if placeholders != expected:
-        raise ValueError(
-            f"Expected {expected} visual placeholders for the {len(trajectory.visuals)} visuals of sample "
-            f"{trajectory.sample.id!r}, but got {placeholders}."
-        )
+def _check_visuals(
+    trajectories: Sequence[Trajectory], prompts: Tensor, completions: Tensor, image_token_id: int
+) -> None:
+    """Raise ValueError for a trajectory whose placeholders, in prompt and completion of (N,) lengths, are no match."""
+    placeholders = torch.zeros(len(trajectories), dtype=torch.long)
+    parts = ([t.prompt_ids for t in trajectories], prompts), ([t.completion_ids for t in trajectories], completions)
+    for ids, lengths in parts:
+        owners = torch.arange(len(trajectories)).repeat_interleave(lengths)
+        placeholders += owners[torch.cat(ids) == image_token_id].bincount(minlength=len(trajectories))
+    for trajectory, found in zip(trajectories, placeholders.tolist(), strict=True):
+        expected = sum(visual.tokens for visual in trajectory.visuals)
+        if found != expected:
+            raise ValueError(
+                f"Expected {expected} visual placeholders for the {len(trajectory.visuals)} visuals of sample "
+                f"{trajectory.sample.id!r}, but got {found}."
+            )

@@ -145,7 +145,10 @@ def test_only_the_end_of_a_box_ends_the_turn():
 
 def test_may_end_turn():
     assert all(map(may_end_turn, ["]}", "}\n", ">", "</answer>", "]}</"]))
+    assert all(map(may_end_turn, ["7</answer>", "> ,", "</answer>!\n", "48]}", "}" + ")" * 8]))
     assert not any(map(may_end_turn, ["]", "{", "</", "answer", ""]))
+    # behind these nothing can have ended: text goes on, another tag was closed
+    assert not any(map(may_end_turn, ["<think>I zoom in on ", "</think><answer>", "<answer>", "} and", "}" + ")" * 9]))
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)

@@ -76,6 +76,16 @@ def test_a_turn_that_streams_in_ends_where_the_whole_text_says(text: str, size: 
     assert parse_turn(text) is None or not may_end_turn(text)
 
 
+@given(texts, st.integers(1, 5))
+@quick(80)
+def test_the_token_that_ends_a_turn_is_one_that_may(text: str, size: int) -> None:
+    """Whatever is not looked at behind a token can wait for ever: nothing has ended there for the first time."""
+    for stop in range(size, len(text) + size, size):
+        if parse_turn(text[:stop]) is not None:
+            assert may_end_turn(text[stop - size : stop])
+            return
+
+
 def sight(height: int, width: int, seen: tuple[int, int]) -> tuple[Sample, tuple[Visual, ...]]:
     """An image of this size, which takes no memory, and the size that it is seen at."""
     image = torch.zeros(1, dtype=torch.uint8).expand(3, height, width)
