@@ -47,13 +47,14 @@ class Elsewhere:
 
     def step(self) -> Any:
         """One turn; returns what it told."""
-        self._connection.send(None)
-        return self._answer()
+        return self._answer(ask=True)
 
-    def _answer(self) -> Any:
+    def _answer(self, ask: bool = False) -> Any:
         try:
+            if ask:
+                self._connection.send(None)
             failed, told = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             raise RuntimeError(
                 f"Expected {self._process.name} to take its turn, but it ended with {self._process.exitcode}."

@@ -61,10 +61,6 @@ class Same(L.LightningDataModule):
         """As many batches as steps."""
         return DataLoader(range(self.steps), collate_fn=lambda _: SampleBatch(list(self.samples)))  # type: ignore[arg-type]
 
-    def transfer_batch_to_device(self, batch: SampleBatch, device: torch.device, dataloader_idx: int) -> SampleBatch:
-        """Images stay at rest."""
-        return batch
-
 
 def pictures() -> list[NDArray[np.uint8]]:
     """One image a question."""

@@ -46,6 +46,8 @@ class ReferenceModule(L.LightningModule):
                 own.copy_(new)
         if backbone.encoder_trains():
             self.backbone.encoded.clear()  # features of the tower as it was
+        if backbone.tower_trains():
+            self.backbone.seen.clear()
 
     @torch.no_grad()
     def forward(self, batch: TrajectoryBatch, chunk: int) -> Tensor:

@@ -125,6 +125,15 @@ def test_an_other_side_that_dies_is_not_waited_for() -> None:
         other.step()
 
 
+def test_an_other_side_that_has_died_is_not_asked() -> None:
+    with Elsewhere(counting, 5, 2) as other:
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        with pytest.raises(RuntimeError, match="counting to take its turn, but it ended with -9"):
+            other.step()
+
+
 @pytest.fixture
 def two_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def fail() -> Row:

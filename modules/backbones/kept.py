@@ -14,7 +14,9 @@ from modules.trajectory import Visual
 class KeptFeatures(WeakKeyDictionary[Visual, Tensor]):
     """What weights that do not train made of visuals.
 
-    All of it is dropped once a weight was exchanged, written to or moved, and where autocast is not what it was.
+    All of it is dropped once a weight was written to in place, replaced, or changed its type or device, and where
+    autocast is not what it was. What torch does not count (fused optimizers, `.data`, the shares of FSDP2) is not
+    noticed: who writes so calls `clear`.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,8 @@ class KeptFeatures(WeakKeyDictionary[Visual, Tensor]):
         fresh = dict(zip(live, make(live) if live else [], strict=True))
         still = [v for v in new if v not in fresh]
         if still:
-            self.update(zip(still, make(still), strict=True))
+            # copies: a row of what was made together would keep all of it alive
+            self.update((v, f.clone()) for v, f in zip(still, make(still), strict=True))
         return [fresh[v] if v in fresh else self[v] for v in visuals]
 
     def _drop_unless_made_with(self, weights: list[Tensor]) -> None:
