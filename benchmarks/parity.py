@@ -34,7 +34,7 @@ from modules.backbones.timm_lm import TimmLMBackbone
 from modules.engine import Decoding, LocalEngine, Request
 from modules.environment import Look, respond
 from modules.functional.grammar import BoxRequest, format_box, parse_turn
-from modules.functional.sampling import UniformStream, sample_tokens
+from modules.functional.sampling import BLOCK, UniformStream, sample_tokens
 from modules.replay import Replayer
 from modules.scoring import collate, token_log_probs
 from modules.trajectory import Box, Region, Sample, Step, Trajectory, Visual
@@ -285,7 +285,11 @@ def told(scripts: Mapping[int, Sequence[int | None]]) -> Iterator[None]:
 
 def aim(logits: Tensor, targets: Tensor, temperature: float, banned: Tensor) -> Tensor:
     """(B,) float64, the numbers with which `sample_tokens` draws the ``targets`` (B,): the middle of their share."""
-    probs = (logits.masked_fill(banned, -torch.inf) / temperature).log_softmax(-1).double().exp()
+    allowed = logits.masked_fill(banned, -torch.inf) / temperature
+    if logits.shape[-1] > BLOCK:  # the numbers that are summed up there, to the last bit: a share may be tiny
+        probs = (allowed - allowed.amax(-1, keepdim=True)).exp().double()
+    else:
+        probs = allowed.log_softmax(-1).double().exp()
     cumulative = probs.cumsum(-1)
     share = probs.gather(-1, targets[:, None])
     return ((cumulative.gather(-1, targets[:, None]) - share / 2) / cumulative[:, -1:])[:, 0]

@@ -65,19 +65,19 @@ def _sample_blocks(logits: Tensor, uniforms: Tensor, banned: Tensor) -> tuple[Te
     """`sample_tokens` of a large vocabulary; uses the (B, V) ``logits`` up.
 
     Every logit is exponentiated once, where it stands. First the block that is reached, then the token in it, so that
-    only one block is summed up token by token and in float64; a vocabulary of 150,000 takes 40 blocks.
+    only one block is summed up token by token; a vocabulary of 150,000 takes 40 blocks. Sums are of float64: the rarest
+    token has its share.
     """
     size = logits.shape[-1]
     logits.index_fill_(-1, banned.nonzero()[:, 0], -torch.inf)
     powers = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    even = size - size % BLOCK
-    masses = torch.cat([powers[:, :even].unflatten(-1, (-1, BLOCK)).sum(-1), powers[:, even:].sum(-1, True)], -1)
-    block, below = _reach(masses.double(), uniforms)
+    masses = torch.stack([part.sum(-1, dtype=torch.float64) for part in powers.split(BLOCK, -1)], -1)
+    block, below = _reach(masses, uniforms)
     places = block[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)
     own = powers.gather(-1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0.0)
     within, _ = _reach(own.double(), below)
     ids = (block * BLOCK + within).clamp(max=size - 1)
-    return ids, powers.gather(-1, ids[:, None])[:, 0].log() - masses.sum(-1).log()
+    return ids, powers.gather(-1, ids[:, None])[:, 0].log() - masses.sum(-1).log().to(powers)
 
 
 def _reach(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

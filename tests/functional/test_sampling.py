@@ -157,6 +157,19 @@ def test_a_large_vocabulary_is_sampled_as_a_small_one(size: int, spread: float) 
     assert (uniforms >= reached - probs[ids] - 1e-6).all()
 
 
+def test_the_rarest_tokens_of_a_large_vocabulary_have_their_share() -> None:
+    """Of one in ten thousand millions, sums of float32 would know nothing."""
+    size = 9000
+    logits = randn(1, size) * 4
+    powers = (logits - logits.amax()).exp().double()[0]
+    shares = powers / powers.sum()
+    rare = ((shares > 1e-11) & (shares < 1e-9)).nonzero()[:50, 0]
+    assert len(rare) == 50
+    middles = (shares.cumsum(0) - shares / 2)[rare]
+    ids, _ = sample_tokens(logits.expand(50, -1), middles, 1.0, 1.0, torch.zeros(size, dtype=torch.bool))
+    assert torch.equal(ids, rare)
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 @pytest.mark.parametrize("size", [4097, 9000])
 def test_log_probs_of_a_large_vocabulary(size: int, temperature: float) -> None:
