@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.alternating import Alternating, RolledOut
 from benchmarks.elsewhere import Elsewhere, Turn
-from benchmarks.step import GROUP, QUESTIONS, TEXT, RandomReward, Same, build_model, pictures
+from benchmarks.step import GROUP, QUESTIONS, TEXT, RandomReward, build_model, fit, pictures
 from benchmarks.table import Row, ratio, seconds_of
 from callbacks.rollout import RolloutCallback
 from modules.backbones.qwen_vl import QwenVLBackbone
@@ -283,16 +282,7 @@ def against_authors(steps: int = 3, group: int = GROUP, warm_up: int = 1) -> Row
         )
         with Elsewhere(published, folder, group) as other, work.of(policy.backbone.model):
             clock = Alternating(lambda: theirs.append(other.step()), warm_up)
-            trainer = L.Trainer(
-                accelerator="cpu",
-                max_steps=all_steps,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[clock, rollout, rolled],
-            )
-            trainer.fit(policy, Same(all_steps))
+            fit(policy, all_steps, [clock, rollout, rolled])
     value, spread = ratio(clock.seconds["other"], clock.seconds["ours"])
     n, per_step = QUESTIONS * group, {name: total / all_steps for name, total in theirs[-1].items()}
     return Row(

@@ -101,6 +101,19 @@ def our_policy(folder: Path) -> RGRPOModule:
     )
 
 
+def fit(policy: RGRPOModule, steps: int, callbacks: list[L.Callback]) -> None:
+    """Our side: so many optimizer steps on the same questions, without logs or checkpoints."""
+    L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    ).fit(policy, Same(steps))
+
+
 def trl(turn: Turn, folder: Path, steps: int) -> None:
     """TRL's trainer, which waits for its turn where a step is to begin.
 
@@ -170,16 +183,7 @@ def against_trl(steps: int = 3, warm_up: int = 1) -> Row:
         )
         with Elsewhere(trl, folder, all_steps) as peer:
             clock = Alternating(peer.step, warm_up)
-            trainer = L.Trainer(
-                accelerator="cpu",
-                max_steps=all_steps,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[clock, rollout],
-            )
-            trainer.fit(our_policy(folder), Same(all_steps))
+            fit(our_policy(folder), all_steps, [clock, rollout])
     value, spread = ratio(clock.seconds["other"], clock.seconds["ours"])
     return Row(
         "trajectories/s of a whole optimizer step, single turn / TRL's GRPOTrainer",
